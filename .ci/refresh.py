@@ -1,0 +1,69 @@
+"Run notebooks in place and store their outputs: `python .ci/refresh.py [notebook or folder ...]`."
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbdev.clean import nbdev_clean
+from nbdev.config import get_config
+from nbdev.process import extract_directives
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = dict(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", PYTHONHASHSEED="0",
+    PYTHONWARNINGS="ignore:IProgress not found", PYTHONPATH=str(ROOT))
+
+
+def skipped(cell, flags):
+    "True for a cell that keeps its stored output: the ones that nbdev_test skips too"
+    directives = extract_directives(cell, remove=False)
+    return (bool(flags & directives.keys()) or "nbdev_export(" in cell.source
+            or directives.get("eval:", [""])[0].lower() == "false")
+
+
+class Client(NotebookClient):
+    "Runs the cells without a skip flag, in the notebook's own folder"
+    flags = frozenset()
+
+    async def async_execute_cell(self, cell, cell_index, **kwargs):
+        if cell.cell_type == "code" and skipped(cell, self.flags):
+            return cell
+        return await super().async_execute_cell(cell, cell_index, **kwargs)
+
+
+def refresh(path, flags):
+    "Run the notebook at `path` and write it back; a cell that raises leaves the file as it was"
+    start = time.time()
+    nb = nbformat.read(path, as_version=4)
+    client = Client(nb, timeout=3600, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                    extra_arguments=["--log-level=40"],
+                    resources={"metadata": {"path": str(path.parent)}})
+    client.flags = flags
+    client.execute()
+    nbformat.write(nb, path)
+    nbdev_clean(fname=str(path))
+    print(f"{path.relative_to(ROOT)}  {time.time() - start:.0f} s", flush=True)
+
+
+def notebooks(names):
+    "The notebooks named, or found under the folders named"
+    for name in map(Path, names):
+        yield from ([name.resolve()] if name.suffix == ".ipynb" else sorted(
+            p.resolve() for p in name.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(name).parts)))
+
+
+def main():
+    "Refresh the notebooks on the command line, or all of them"
+    os.environ.update(QUIET, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    os.environ.pop("IN_TEST", None)
+    paths = list(notebooks(sys.argv[1:] or [ROOT / "nbs"]))
+    os.chdir(ROOT)  # nbdev looks for settings.ini from the current folder
+    for path in paths:
+        refresh(path, frozenset(get_config().tst_flags.split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"Packaging, read from settings.ini so that every name and version is written once."
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=["="], interpolation=None)
+parser.read(here / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license=cfg["license"],
+    keywords=cfg["keywords"].split(),
+    python_requires=">=" + cfg["min_python"],
+    install_requires=shlex.split(cfg["requirements"]),
+    extras_require={"dev": shlex.split(cfg["dev_requirements"])},
+    entry_points={"console_scripts": shlex.split(cfg["console_scripts"])},
+    packages=find_packages(include=["moe_nb", "moe_nb.*"]),
+    package_data={"moe_nb": ["tiny_model/*", "tasks/*"]},
+    include_package_data=False,
+    zip_safe=False,
+)
