@@ -68,12 +68,12 @@ def best_core(target_BEfd: torch.Tensor,  # X - G V^T
         direction_Bfd = residual_Bfd + (energy_B / previous_B.clamp_min(torch.finfo(step_Bfd.dtype).tiny))[:, None, None] * direction_Bfd
     return core_Bfd
 
-# %% ../nbs/04_fit.ipynb #8d28c095
+# %% ../nbs/04_fit.ipynb #3ddfc95d
 def pack(core_Bfd, P_BErf, Q_BErf, G_BEsf, V_Esd) -> list[SharedCore]:
     "One `SharedCore` per projection from factors of equal ranks; V is stored with the first."
     E, r, s = *P_BErf.shape[1:3], G_BEsf.shape[2]
     ranks = {name: torch.full((E,), rank, dtype=torch.int32, device=core_Bfd.device) for name, rank in (("narrow_ranks", r), ("wide_ranks", s))}
-    return [SharedCore(core=core.contiguous(), P=P.flatten(0, 1), Q=Q.flatten(0, 1), G=G.flatten(0, 1), V=V_Esd.flatten(0, 1).contiguous() if block == 0 else None,
+    return [SharedCore(core=core, P=P.flatten(0, 1), Q=Q.flatten(0, 1), G=G.flatten(0, 1), V=V_Esd.flatten(0, 1) if block == 0 else None,
                        **{name: values.clone() for name, values in ranks.items()})
             for block, (core, P, Q, G) in enumerate(zip(core_Bfd, P_BErf, Q_BErf, G_BEsf))]
 

@@ -35,7 +35,7 @@ class ExpertFactors(NamedTuple):
         "Full `X_e` `[f, d]`."
         return core_fd + self.P.T @ (self.Q @ core_fd) + self.G.T @ self.V
 
-# %% ../nbs/02_shared_core.ipynb #271ec1fb
+# %% ../nbs/02_shared_core.ipynb #b3b80aae
 class SharedCore(nn.Module):
     """Factors of one projection of all experts of a layer: `X_e = (I + P_e Q_e^T) C + G_e V_e^T`, X_e `[f, d]`.
 
@@ -45,7 +45,7 @@ class SharedCore(nn.Module):
     def __init__(self, *, core, P, Q, G, narrow_ranks, wide_ranks, V=None):
         super().__init__()
         for name, factor in dict(core=core, P=P, Q=Q, G=G, V=V).items():
-            self.register_parameter(name, None if factor is None else nn.Parameter(factor))
+            self.register_parameter(name, None if factor is None else nn.Parameter(factor.contiguous()))
         self.register_buffer("narrow_ranks", narrow_ranks)
         self.register_buffer("wide_ranks", wide_ranks)
 
@@ -74,13 +74,13 @@ class ExpertWeight(NamedTuple):
 
     def outer(self, h_pf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: return h_pf, h_pf @ self.weight_fd
 
-# %% ../nbs/02_shared_core.ipynb #a1deda0e
+# %% ../nbs/02_shared_core.ipynb #873a0808
 class Uncompressed(nn.Module):
     "Weights of one projection left as they are, `[E, f, d]` (down transposed), with the interface of `SharedCore`."
 
     def __init__(self, *, weight: torch.Tensor):
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(weight.contiguous())
 
     def experts(self, wide_of=None) -> list[ExpertWeight]: return [ExpertWeight(weight) for weight in self.weight]
 
