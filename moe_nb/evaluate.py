@@ -27,9 +27,6 @@ from tempfile import TemporaryFile
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,7 +133,7 @@ def similar_words(word: str,  # The right word
                  ) -> list[str]:
     """Other words of `counts`, nearest to `word` in length and frequency; ties in the order of `counts`.
 
-    >>> similar_words("this", Counter(this=9, that=8, with=1, bisects=9), 2)
+    >>> similar_words("this", Counter({"this": 9, "that": 8, "with": 1, "bisects": 9}), 2)
     ['that', 'bisects']
     """
     def distance(other): return abs(len(other) - len(word)) + abs(math.log2(counts[other] / counts[word]))
@@ -166,17 +163,19 @@ def package_tasks() -> Path:
 # %% ../nbs/10_evaluate.ipynb #4b68479f
 def task_manager(names: list[str],  # Tasks that will be asked for
                  include_path: str | Path | None = None  # A folder of further task yaml files
-                ) -> TaskManager:
+                ) -> "TaskManager":
     "The index of the package's tasks and those of `include_path`, and of all of lm-eval's where `names` need it."
+    from lm_eval.tasks import TaskManager  # lm-eval is imported where it is used: it takes seconds, and perplexity needs none of it
+
     if include_path is not None and not Path(include_path).is_dir(): raise ValueError(f"include_path {include_path} is not a folder")
     folders = [package_tasks(), *([Path(include_path)] if include_path is not None else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
     return manager if set(names) <= set(manager.all_tasks) else TaskManager(include_path=folders, include_defaults=True)
 
 # %% ../nbs/10_evaluate.ipynb #80a72233
-def check_tasks(names: list[str], manager: TaskManager) -> None:
+def check_tasks(names: list[str], manager: "TaskManager") -> None:
     "Raise `ValueError` when `names` is empty or holds a task that `manager` does not know."
-    shipped = ", ".join(TaskManager(include_path=package_tasks(), include_defaults=False).all_tasks)
+    shipped = ", ".join(task_manager([]).all_tasks)
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown: raise ValueError(f"unknown task: {', '.join(unknown)}; with the package come {shipped}, with lm-eval those of `lm_eval ls tasks`")
     if not names: raise ValueError(f"no task given; with the package come {shipped}")
@@ -266,6 +265,9 @@ def evaluate_model(model,  # A loaded model, a directory (compressed or not), or
                    num_fewshot: int | None = None  # Examples in the prompt; default: what the task says
                   ) -> dict[str, dict]:
     "Results of lm-eval as `{task: {metric: value, ..., 'samples': n}}`; global state and the mode of the model stay as they were."
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     if limit is not None and limit <= 0: raise ValueError(f"limit must be above 0; got {limit}")

@@ -1,0 +1,15 @@
+"Documents of the local tasks: lm-eval calls these functions from the yaml files beside them."
+from datasets import Dataset
+
+from moe_nb.evaluate import next_word_items
+from moe_nb.tiny import tiny_text
+
+
+def next_word(**_) -> dict[str, Dataset]:
+    "Items of `tiny_next_word`."
+    return {"test": Dataset.from_list(next_word_items(tiny_text("heldout")))}
+
+
+def heldout(**_) -> dict[str, Dataset]:
+    "Documents of `tiny_perplexity`."
+    return {"test": Dataset.from_list([{"text": text} for text in tiny_text("heldout")])}
