@@ -103,6 +103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'moe_nb.fit.Sizes.stored': ('fit.html#sizes.stored', 'moe_nb/fit.py'),
                             'moe_nb.fit.balance': ('fit.html#balance', 'moe_nb/fit.py'),
                             'moe_nb.fit.best_core': ('fit.html#best_core', 'moe_nb/fit.py'),
+                            'moe_nb.fit.best_low_rank': ('fit.html#best_low_rank', 'moe_nb/fit.py'),
                             'moe_nb.fit.best_narrow': ('fit.html#best_narrow', 'moe_nb/fit.py'),
                             'moe_nb.fit.best_wide': ('fit.html#best_wide', 'moe_nb/fit.py'),
                             'moe_nb.fit.fit_adam': ('fit.html#fit_adam', 'moe_nb/fit.py'),

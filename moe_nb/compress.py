@@ -27,7 +27,7 @@ from .experts import PROJECTIONS, check_layout, find_experts, read_experts
 from .fit import Sizes, fit_adam, fit_closed_form, relative_error, uniform_ranks
 from .shared_core import SharedCore, SharedCoreExperts, Uncompressed
 
-# %% ../nbs/07_compress.ipynb #b62cd0d5
+# %% ../nbs/07_compress.ipynb #66f235d8
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
     "How to compress; exactly one of `ratio` and `rank`. Also the flags of `moe-nb compress`."
@@ -36,7 +36,7 @@ class CompressionConfig:
     method: Literal["closed_form", "adam"] = field(default="closed_form", metadata={"help": "closed_form, or the plain Adam recipe to compare with"})
     projections: list[str] = field(default_factory=lambda: list(PROJECTIONS), metadata={"help": "projections to compress; the others stay as they are"})
     layers: list[int] | None = field(default=None, metadata={"help": "MoE layers to compress, counted from 0; default all"})
-    rounds: int = field(default=6, metadata={"help": "alternations of the closed form"})
+    rounds: int = field(default=12, metadata={"help": "alternations of the closed form"})
     steps: int = field(default=1000, metadata={"help": "steps of the Adam recipe"})
     lr: float = field(default=1e-3, metadata={"help": "learning rate of the Adam recipe"})
     dtype: str | None = field(default=None, metadata={"help": "data type of the compressed model: float32, bfloat16 or float16; default that of the source"})
