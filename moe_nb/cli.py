@@ -59,14 +59,14 @@ def calibration_sequences(tokenizer, calibration: str, tokens: int, length: int 
     texts = tiny_text("calibration") if calibration == "embedded" else [Path(calibration).read_text()]
     return token_sequences(tokenizer, texts, length=length, limit=max(1, tokens // length))
 
-# %% ../nbs/13_cli.ipynb #41beb035
+# %% ../nbs/13_cli.ipynb #2dc0800c
 @dataclass(frozen=True, kw_only=True)
 class CompressArguments:
     model: str = field(metadata={"help": "the model to compress: a directory or a hub id"})
     output_dir: str = field(metadata={"help": "where the compressed model is written"})
     weights_format: str = field(default="safetensors", metadata={"help": "safetensors or pt"})
     calibration: str = field(default="embedded", metadata={"help": "text that weights the fit: embedded (the documentation of Python), none, or the path of a text file"})
-    calibration_tokens: int = field(default=65536, metadata={"help": "most tokens of it that are used, in sequences of 256"})
+    calibration_tokens: int = field(default=131072, metadata={"help": "most tokens of it that are used, in sequences of 256"})
     device_map: str = field(default="auto", metadata={"help": "where the model is loaded, as in transformers"})
 
 
@@ -163,10 +163,10 @@ def demo_scores(name: str, model, tokenizer, ratio: float, limit: int | None) ->
     print(f"evaluated {name} in {time.time() - start:.0f} s", flush=True)
     return row
 
-# %% ../nbs/13_cli.ipynb #56fe759d
+# %% ../nbs/13_cli.ipynb #d923c48b
 def demo_calibration(tokenizer) -> list[torch.Tensor]:
-    "What weights the fits of the demo: 32 768 tokens of the calibration split."
-    return calibration_sequences(tokenizer, "embedded", 32768)
+    "What weights the fits of the demo: the calibration split of the embedded text."
+    return token_sequences(tokenizer, tiny_text("calibration"))
 
 # %% ../nbs/13_cli.ipynb #286f8422
 def demo_points(arguments: DemoArguments, tokenizer) -> list[dict]:
