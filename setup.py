@@ -24,7 +24,7 @@ setup(
     extras_require={"dev": shlex.split(cfg["dev_requirements"])},
     entry_points={"console_scripts": shlex.split(cfg["console_scripts"])},
     packages=find_packages(include=["moe_nb", "moe_nb.*"]),
-    package_data={"moe_nb": ["tiny_model/*", "tasks/*"]},
+    package_data={"moe_nb": ["tiny_model/*", "tiny_upcycled_model/*", "tasks/*"]},
     include_package_data=False,
     zip_safe=False,
 )

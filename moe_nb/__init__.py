@@ -1,5 +1,5 @@
 "Compress Mixture-of-Experts language models around one shared core per layer and projection."
-from moe_nb.calibrate import token_sequences
+from moe_nb.calibrate import read_texts, self_sequences, token_sequences
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model
 from moe_nb.compress import CompressionConfig, CompressionStatistics, compress_model
 from moe_nb.evaluate import evaluate_model, perplexity
@@ -8,4 +8,4 @@ from moe_nb.tiny import load_tiny, tiny_path, tiny_text
 
 __version__ = "0.1.0"
 __all__ = ["CompressionConfig", "CompressionStatistics", "compress_model", "evaluate_model", "export_to_hf_format", "load_compressed_model",
-           "load_tiny", "perplexity", "save_compressed_model", "tiny_path", "tiny_text", "token_sequences"]
+           "load_tiny", "perplexity", "read_texts", "save_compressed_model", "self_sequences", "tiny_path", "tiny_text", "token_sequences"]

@@ -67,14 +67,16 @@ def tiny_text(split: str  # "train", "calibration" or "heldout"
     if split not in SPLITS: raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     return [text for text in documents() if split_of(text) == split]
 
-# %% ../nbs/00_tiny.ipynb #d229c367
-def tiny_path() -> Path:
-    "Directory of the embedded model: a plain Hugging Face checkpoint in bf16 safetensors, at most 8 MB, with its tokenizer."
-    return Path(str(files("moe_nb"))) / "tiny_model"
+# %% ../nbs/00_tiny.ipynb #0e8658e8
+def tiny_path(upcycled: bool = False  # The second model
+             ) -> Path:
+    "Directory of an embedded model: a plain Hugging Face checkpoint in bf16 safetensors, at most 8 MB, with its tokenizer."
+    return Path(str(files("moe_nb"))) / ("tiny_upcycled_model" if upcycled else "tiny_model")
 
-# %% ../nbs/00_tiny.ipynb #711e7f10
-def load_tiny(dtype: torch.dtype = torch.float32  # Data type of the loaded parameters; they are stored in bf16
+# %% ../nbs/00_tiny.ipynb #6bffe526
+def load_tiny(dtype: torch.dtype = torch.float32,  # Data type of the loaded parameters; they are stored in bf16
+              upcycled: bool = False  # The second model
              ) -> tuple:
-    "The embedded Qwen3-MoE and its tokenizer, as `(model, tokenizer)`; the model is on the CPU, in evaluation mode."
-    model = AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(tiny_path())
+    "An embedded Qwen3-MoE and its tokenizer, as `(model, tokenizer)`; the model is on the CPU, in evaluation mode."
+    model = AutoModelForCausalLM.from_pretrained(tiny_path(upcycled), dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(tiny_path(upcycled))
