@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'METHOD', 'METADATA', 'SUFFIXES', 'INDEXES', 'SharedCoreConfig', 'compressed_experts',
            'factor_shapes', 'empty_experts', 'set_conversions_aside', 'SharedCoreQuantizer', 'mark_compressed',
-           'layer_folders', 'split_state', 'check_output', 'atomic_directory', 'sha256', 'write_tensors',
+           'layer_folders', 'split_state', 'check_output', 'sync', 'atomic_directory', 'sha256', 'write_tensors',
            'save_compressed_model', 'write_model_files', 'write_metadata', 'read_metadata', 'verify_directory',
            'load_compressed_model', 'is_compressed']
 
@@ -149,10 +149,12 @@ def layer_folders(names: list[str]) -> dict[str, str]:
     if not all(numbers) or len({n[1] for n in numbers}) < len(names): return {name: f"layer_{i}" for i, name in enumerate(names)}
     return {name: f"layer_{number[1]}" for name, number in zip(names, numbers)}
 
-# %% ../nbs/06_checkpoint.ipynb #46112a71
-def split_state(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+# %% ../nbs/06_checkpoint.ipynb #45b004c4
+def split_state(model: nn.Module,
+                state_dict: dict[str, torch.Tensor] | None = None  # Gathered from the shards of a distributed model
+               ) -> dict[str, dict[str, torch.Tensor]]:
     "File (without suffix) -> tensors, for all persistent tensors of a compressed `model`; tied tensors once, names as `save_pretrained` writes them."
-    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    state = remove_tied_weights_from_state_dict(dict(model.state_dict() if state_dict is None else state_dict), model)
     offloaded = [name for name, tensor in state.items() if tensor.device.type == "meta"]
     if offloaded: raise ValueError(f"{offloaded[0]} is offloaded: load the model on devices that hold it (device_map={{'': 'cpu'}}) before saving")
     folders = layer_folders(list(compressed_experts(model)))
@@ -175,13 +177,15 @@ def check_output(path: Path,  # Where something is to be written
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists and was not written by moe_nb (it has no {marker}): choose another output path or move it away")
 
-# %% ../nbs/06_checkpoint.ipynb #9258c487
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+# %% ../nbs/06_checkpoint.ipynb #f735d903
+def sync(*paths: Path) -> None:
+    "Flush files and directories to disk."
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try: os.fsync(handle)
+        finally: os.close(handle)
 
-
+# %% ../nbs/06_checkpoint.ipynb #bfccee2f
 @contextmanager
 def atomic_directory(path: str | Path, marker: str):
     "Yield an empty sibling directory of `path`; when the block succeeds it becomes `path` by a rename, else it is removed."
@@ -193,10 +197,10 @@ def atomic_directory(path: str | Path, marker: str):
     temporary.mkdir()
     try:
         yield temporary
-        for entry in (*temporary.rglob("*"), temporary): _sync(entry)
+        sync(*temporary.rglob("*"), temporary)
         if path.exists(): path.rename(old)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         if old.exists() and not path.exists(): old.rename(path)
         for leftover in (temporary, old): shutil.rmtree(leftover, ignore_errors=True)
@@ -214,13 +218,14 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     if path.suffix == ".pt": torch.save({name: tensor.clone() for name, tensor in tensors.items()}, path)
     else: save_file(tensors, path, metadata={"format": "pt"})
 
-# %% ../nbs/06_checkpoint.ipynb #8d868c8f
+# %% ../nbs/06_checkpoint.ipynb #81548541
 def save_compressed_model(model: nn.Module,  # A compressed model
                           path: str | Path,  # New directory, or an older one of ours, which is replaced
                           tokenizer=None,  # Saved with it
                           *,
                           weights_format: str | None = None,  # "safetensors" or "pt"; None: that of the directory it was loaded from
-                          max_shard_size: str = "5GB"  # Of each file of weights that are not experts
+                          max_shard_size: str = "5GB",  # Of each file of weights that are not experts
+                          state_dict: dict[str, torch.Tensor] | None = None  # In place of the model's own, for a distributed model
                          ) -> Path:
     "Write the complete model: every parameter and buffer, config, tokenizer, statistics and metadata. Atomic."
     if not compressed_experts(model): raise ValueError("the model holds no compressed experts: use compress_model first, or save_pretrained")
@@ -229,24 +234,24 @@ def save_compressed_model(model: nn.Module,  # A compressed model
     config.weights_format = weights_format or config.weights_format
     if config.weights_format not in SUFFIXES: raise ValueError(f"weights_format must be one of {', '.join(SUFFIXES)}; got {weights_format!r}")
     with atomic_directory(path, METADATA) as folder:
-        write_model_files(model, config, folder, max_shard_size)
+        write_model_files(model, config, folder, max_shard_size, state_dict)
         if tokenizer is not None: tokenizer.save_pretrained(folder)
         write_metadata(folder, config)
     return Path(path)
 
-# %% ../nbs/06_checkpoint.ipynb #a4da8b1b
-def write_model_files(model: nn.Module, config: SharedCoreConfig, folder: Path, max_shard_size: str) -> None:
+# %% ../nbs/06_checkpoint.ipynb #68604cb0
+def write_model_files(model: nn.Module, config: SharedCoreConfig, folder: Path, max_shard_size: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     "Config, generation config, weights, index and the records of the compression, into `folder`."
     model_config = copy.deepcopy(model.config)
     model_config.dtype, model_config.architectures, model_config.quantization_config = str(model.dtype).split(".")[1], [type(model).__name__], config
     model_config.save_pretrained(folder)
     if model.can_generate(): model.generation_config.save_pretrained(folder)
     weight_map, suffix = {}, SUFFIXES[config.weights_format]
-    for file, tensors in split_state(model).items():
+    for file, tensors in split_state(model, state_dict).items():
         shards = split_torch_state_dict_into_shards(tensors, filename_pattern=file + "{suffix}" + suffix, max_shard_size=max_shard_size)
         for shard, names in shards.filename_to_tensors.items(): write_tensors(folder / shard, {name: tensors[name] for name in names})
         weight_map |= shards.tensor_to_filename
-    total = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    total = sum(tensor.numel() * tensor.element_size() for tensor in (state_dict or model.state_dict()).values())
     (folder / INDEXES[config.weights_format]).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2))
     (folder / "compression_config.json").write_text(json.dumps(config.compression, indent=2))
     (folder / "compression_statistics.yaml").write_text(yaml.safe_dump(config.statistics, sort_keys=False))
@@ -259,8 +264,8 @@ def write_metadata(folder: Path, config: SharedCoreConfig) -> None:
     layers = {layer: {"module": name, "projections": config.modules[name]} for name, layer in layer_folders(list(config.modules)).items()}
     (folder / METADATA).write_text(json.dumps({"format_version": config.format_version, "weights_format": config.weights_format, "versions": versions, "layers": layers, "files": files}, indent=2))
 
-# %% ../nbs/06_checkpoint.ipynb #af300aba
-_WEIGHT_SUFFIXES = {".safetensors", ".pt", ".bin", ".pth"}
+# %% ../nbs/06_checkpoint.ipynb #a807e8a3
+_READ_FIRST = ("model.safetensors", "pytorch_model.bin", "adapter_config.json", *INDEXES.values())  # by from_pretrained
 
 
 def read_metadata(path: str | Path) -> dict:
@@ -276,7 +281,7 @@ def read_metadata(path: str | Path) -> dict:
             raise ValueError(f"{path / METADATA}: the path {file!r} leaves the directory; nothing was read")
     return metadata
 
-# %% ../nbs/06_checkpoint.ipynb #3256b4d2
+# %% ../nbs/06_checkpoint.ipynb #6396ac9d
 def verify_directory(path: str | Path,  # A compressed directory
                      hashes: bool = True  # Also compare every SHA-256, which reads every byte
                     ) -> dict:
@@ -287,9 +292,9 @@ def verify_directory(path: str | Path,  # A compressed directory
         size = (path / name).stat().st_size
         if size != expected["size"]: raise ValueError(f"{path / name}: expected {expected['size']} bytes, found {size}; the copy is incomplete")
         if hashes and sha256(path / name) != expected["sha256"]: raise ValueError(f"{path / name}: SHA-256 differs from the metadata; the file was damaged or changed")
-    for file in sorted(path.rglob("*")):
-        if file.suffix in _WEIGHT_SUFFIXES and str(file.relative_to(path)) not in metadata["files"]:
-            raise ValueError(f"{file} is not part of the checkpoint and could be loaded in place of it; remove it")
+    for name in _READ_FIRST:
+        if (path / name).exists() and name not in metadata["files"]:
+            raise ValueError(f"{path / name} is not part of the checkpoint and could be loaded in place of it; remove it")
     return metadata
 
 # %% ../nbs/06_checkpoint.ipynb #fedfc8d9
