@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CompressionConfig', 'selected_experts', 'check_finite', 'projection_groups', 'group_weights', 'rank_for',
-           'check_work', 'fit_ranks', 'fit_ratio', 'compressed_layer', 'active_parameters', 'stored_parameters',
-           'CompressionStatistics', 'summarize', 'fingerprint', 'experts_per_token', 'compress_model']
+           'check_work', 'fit_ranks', 'align_layers', 'fit_ratio', 'compressed_layer', 'active_parameters',
+           'stored_parameters', 'CompressionStatistics', 'summarize', 'fingerprint', 'experts_per_token',
+           'compress_model']
 
-# %% ../nbs/07_compress.ipynb #285ea833
+# %% ../nbs/07_compress.ipynb #39d35b02
 import hashlib
 import time
 from collections.abc import Iterable
@@ -22,13 +23,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import moe_nb
-from .calibrate import calibrate, down_moments
+from .align import align_experts
+from .calibrate import calibrate
 from .checkpoint import compressed_experts, layer_folders, mark_compressed
 from .experts import PROJECTIONS, check_layout, find_experts, read_experts
-from .fit import Sizes, compensate_down, fit_adam, fit_budget, fit_closed_form, make_group, pack_group, relative_error, uniform_rank
+from .fit import Sizes, check_budget, fit_adam, fit_budget, fit_closed_form, make_group, pack_group, relative_error, uniform_rank
+from .refine import LayerRecord, record_layers, refine_experts
 from .shared_core import SharedCore, SharedCoreExperts, Uncompressed
 
-# %% ../nbs/07_compress.ipynb #2500cc7b
+# %% ../nbs/07_compress.ipynb #f5653eb9
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
     "How to compress; exactly one of `ratio` and `rank`. Also the flags of `moe-nb compress`."
@@ -38,17 +41,20 @@ class CompressionConfig:
     projections: list[str] = field(default_factory=lambda: list(PROJECTIONS), metadata={"help": "projections to compress; the others stay as they are"})
     layers: list[int] | None = field(default=None, metadata={"help": "MoE layers to compress, counted from 0; default all"})
     rounds: int = field(default=8, metadata={"help": "alternations of the closed form"})
+    rank_multiple: int = field(default=1, metadata={"help": "ranks are multiples of this, for hardware that likes them; needs a ratio"})
+    align_width: int = field(default=4096, metadata={"help": "widest experts whose neurons are aligned before the fit (cost grows with the cube); 0: never"})
+    refine_steps: int = field(default=200, metadata={"help": "steps of the descent on each layer's output after the fit, with calibration; 0: none"})
     steps: int = field(default=1000, metadata={"help": "steps of the Adam recipe"})
     lr: float = field(default=1e-3, metadata={"help": "learning rate of the Adam recipe"})
     dtype: str | None = field(default=None, metadata={"help": "data type of the compressed model: float32, bfloat16 or float16; default that of the source"})
-    seed: int = field(default=0, metadata={"help": "seed of the Adam recipe; the closed form is deterministic"})
+    seed: int = field(default=0, metadata={"help": "seed of the minibatches of the refinement, and of the Adam recipe"})
 
     def __post_init__(self):
         if (self.ratio is None) == (self.rank is None):
             raise ValueError(f"set exactly one of ratio and rank; got ratio={self.ratio}, rank={self.rank}")
         if self.ratio is not None and not 0 < self.ratio < 1: raise ValueError(f"ratio must lie between 0 and 1; got {self.ratio}")
-        for name in ("rank", "rounds", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name, least in dict(rank=1, rounds=1, steps=1, rank_multiple=1, align_width=0, refine_steps=0).items():
+            if getattr(self, name) is not None and getattr(self, name) < least: raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
         if self.method not in ("closed_form", "adam"): raise ValueError(f"method must be closed_form or adam; got {self.method!r}")
         unknown = set(self.projections) - set(PROJECTIONS)
         if unknown or not self.projections: raise ValueError(f"projections must be among {', '.join(PROJECTIONS)}; got {self.projections}")
@@ -98,7 +104,7 @@ def rank_for(sizes: Sizes, config: CompressionConfig) -> int:
     if config.rank > min(sizes.f, sizes.d): raise ValueError(f"rank {config.rank} is larger than the matrix: the experts are {sizes.f} x {sizes.d}")
     return config.rank
 
-# %% ../nbs/07_compress.ipynb #cedf62a4
+# %% ../nbs/07_compress.ipynb #a1f29053
 def check_work(experts: dict[str, nn.Module], config: CompressionConfig) -> None:
     "Every check that can be made before the first fit: layouts, ranks or budget, finite weights."
     smallest = original = 0
@@ -108,8 +114,7 @@ def check_work(experts: dict[str, nn.Module], config: CompressionConfig) -> None
             X_BEfd = group_weights(module, group)
             if not config.by_budget: rank_for(Sizes(*X_BEfd.shape), config)
             smallest, original = smallest + Sizes(*X_BEfd.shape).stored(0), original + X_BEfd.numel()
-    if config.by_budget and smallest > config.ratio * original:
-        raise ValueError(f"ratio {config.ratio} is too small: the shared cores alone need {smallest / original:.4f}")
+    if config.by_budget: check_budget(config.ratio * original, smallest, original)
     check_finite(experts)
 
 # %% ../nbs/07_compress.ipynb #f745b221
@@ -126,32 +131,41 @@ def fit_ranks(experts: dict[str, nn.Module], config: CompressionConfig) -> dict[
             fitted[name][projection] = core
     return fitted
 
-# %% ../nbs/07_compress.ipynb #b318f256
+# %% ../nbs/07_compress.ipynb #25173e3f
+def align_layers(experts: dict[str, nn.Module], config: CompressionConfig) -> None:
+    "Align the experts of each layer in place; their function stays the same. Only where all projections are compressed."
+    widths = [module.down_proj.shape[-1] for module in experts.values()]
+    if len(set(config.projections)) < len(PROJECTIONS) or max(widths) > config.align_width: return
+    for module in tqdm(experts.values(), desc="aligning", unit="layer", leave=False): align_experts(module)
+
+# %% ../nbs/07_compress.ipynb #38eaa83d
 @torch.no_grad()
-def fit_ratio(model: nn.Module, experts: dict[str, nn.Module], config: CompressionConfig, calibration: list[torch.Tensor]) -> dict[str, dict[str, SharedCore]]:
-    "Experts module -> projection -> factors under the common budget of `config.ratio`."
+def fit_ratio(model: nn.Module,
+              experts: dict[str, nn.Module],
+              config: CompressionConfig,
+              calibration: list[torch.Tensor]
+             ) -> tuple[dict[str, dict[str, SharedCore]], dict[str, list[int]]]:
+    "Experts module -> projection -> factors under the common budget of `config.ratio`; and the experts that no calibration token reached."
+    align_layers(experts, config)
     with torch.enable_grad(): moments = calibrate(model, calibration) if calibration else {}
     groups = {(name, *group): make_group(group_weights(module, group), moments.get(name), read_experts(module)["down_proj"].mT)
               for name, module in experts.items() for group in projection_groups(config)}
     budget = config.ratio * sum(group.X_Emd.numel() for group in groups.values())
-    fit_budget(list(groups.values()), budget, rounds=config.rounds)
-    downs = {name: group for (name, *projections), group in groups.items() if projections == ["down_proj"]}
-    gate_ups = {name: group for (name, *projections), group in groups.items() if projections == ["gate_proj", "up_proj"]}
-    if calibration and downs and gate_ups:
-        compressed = {name: torch.stack([core.weights(cores[0]) for core in cores]) for name, cores in ((name, pack_group(group)) for name, group in gate_ups.items())}
-        for name, sums in down_moments(model, calibration, compressed).items(): compensate_down(downs[name], moments[name], *sums)
-        fit_budget(list(downs.values()), budget - sum(group.stored for group in gate_ups.values()), rounds=config.rounds)
+    fit_budget(list(groups.values()), budget, rounds=config.rounds, multiple=config.rank_multiple)
     fitted = {name: {} for name in experts}
     for (name, *projections), group in groups.items(): fitted[name] |= zip(projections, pack_group(group))
-    return fitted
+    return fitted, {name: torch.where(moments[name].tokens == 0)[0].tolist() for name in experts if moments}
 
-# %% ../nbs/07_compress.ipynb #a95603e3
+# %% ../nbs/07_compress.ipynb #00971d3f
 @torch.no_grad()
-def compressed_layer(experts: nn.Module, cores: dict[str, SharedCore]) -> tuple[SharedCoreExperts, dict[str, float]]:
-    "The compressed layer, in the data type and on the device of `experts`, and the relative error of the weights of each projection."
-    parts = {name: cores[name].to(experts.down_proj.dtype) if name in cores else Uncompressed(weight=group_weights(experts, [name])[0].clone()) for name in PROJECTIONS}
+def compressed_layer(experts: nn.Module, cores: dict[str, SharedCore], record: LayerRecord | None, config: CompressionConfig) -> tuple[SharedCoreExperts, dict]:
+    "The compressed layer, refined on `record`, in the data type and on the device of `experts`, and the relative errors of its weights and output."
+    parts = {name: cores[name] if name in cores else Uncompressed(weight=group_weights(experts, [name])[0].float()) for name in PROJECTIONS}
+    layer = SharedCoreExperts(experts, gate=parts["gate_proj"], up=parts["up_proj"], down=parts["down_proj"])
+    output = {} if record is None else dict(output_error=dict(zip(("fitted", "refined"), refine_experts(layer, record, steps=config.refine_steps, seed=config.seed))))
+    layer.to(experts.down_proj.dtype)
     errors = {name: relative_error(group_weights(experts, [name])[0], core.weights(cores.get("gate_proj"))) for name, core in cores.items()}
-    return SharedCoreExperts(experts, gate=parts["gate_proj"], up=parts["up_proj"], down=parts["down_proj"]), errors
+    return layer, dict(relative_error=errors, **output)
 
 # %% ../nbs/07_compress.ipynb #9c06e62c
 def active_parameters(experts: nn.Module, top_k: int) -> int:
@@ -217,25 +231,26 @@ def experts_per_token(model: nn.Module) -> int:
     names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
     return next((k for k in (getattr(config, name, None) for name in names) if k is not None), 1)
 
-# %% ../nbs/07_compress.ipynb #4afacfbb
+# %% ../nbs/07_compress.ipynb #52049763
 @torch.no_grad()
 def compress_model(model: nn.Module,  # A transformers MoE; its experts are replaced in place
                    config: CompressionConfig,
                    calibration: Iterable[torch.Tensor] | None = None  # 1-D token-id tensors that weight the fit of a ratio; None: all directions count alike
                   ) -> tuple[nn.Module, CompressionStatistics]:
-    "Compress `model`. All checks come first: when one fails, the model is as it was."
+    "Compress `model`. All checks come first: when one fails, the model is as it was. Deterministic on one machine."
     experts, start, calibration = selected_experts(model, config), time.time(), list(calibration or [])
     check_work(experts, config)
     top_k, source = experts_per_token(model), fingerprint(model)
-    with torch.enable_grad(): fitted = fit_ratio(model, experts, config, calibration) if config.by_budget else fit_ranks(experts, config)
+    with torch.enable_grad(): fitted, unseen = fit_ratio(model, experts, config, calibration) if config.by_budget else (fit_ranks(experts, config), {})
+    records = record_layers(model, calibration, experts) if config.by_budget and calibration and config.refine_steps else {}
     outside = stored_parameters(model) - sum(stored_parameters(module) for module in experts.values())
     active, layers, folders = [outside, outside], {}, layer_folders(list(experts))
-    for name, original in experts.items():
-        compressed, errors = compressed_layer(original, fitted.pop(name))
+    for name, original in tqdm(experts.items(), desc="refining" if records else "packing", unit="layer", leave=False):
+        compressed, errors = compressed_layer(original, fitted.pop(name), records.pop(name, None), config)
         model.set_submodule(name, compressed)
         active = [active[0] + active_parameters(original, top_k), active[1] + active_parameters(compressed, top_k)]
         counts = stored_parameters(original), sum(tensor.numel() for tensor in compressed.state_dict().values())
-        layers[folders[name]] = dict(module=name, params_original=counts[0], params_compressed=counts[1], compression_ratio=counts[1] / counts[0], relative_error=errors)
+        layers[folders[name]] = dict(module=name, params_original=counts[0], params_compressed=counts[1], compression_ratio=counts[1] / counts[0], **errors, experts_without_tokens=unseen.get(name, []))
     total = [outside + sum(layer[key] for layer in layers.values()) for key in ("params_original", "params_compressed")]
     statistics = summarize(total, active, layers, time.time() - start)
     if config.dtype: model.to(getattr(torch, config.dtype))

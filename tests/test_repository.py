@@ -158,14 +158,15 @@ def test_distributions_hold_all_files(copy, tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         held = set(wheel.namelist())
     expected = {"moe_nb/" + n for n in contents(ROOT / "moe_nb", "*.*")}
-    assert {"moe_nb/tiny_model/config.json", "moe_nb/tiny_model/model.safetensors", "moe_nb/cli.py"} <= expected
+    assert {"moe_nb/tiny_model/model.safetensors", "moe_nb/tiny_upcycled_model/model.safetensors", "moe_nb/cli.py"} <= expected
     assert not expected - held
 
 
 # Repository
 
-def test_small_model_is_small():
-    assert sum(p.stat().st_size for p in (ROOT / "moe_nb/tiny_model").rglob("*") if p.is_file()) <= 8_000_000
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_upcycled_model"])
+def test_small_models_are_small(name):
+    assert 0 < sum(p.stat().st_size for p in (ROOT / "moe_nb" / name).rglob("*") if p.is_file()) <= 8_000_000
 
 
 def test_top_level_holds_only_known_names():
