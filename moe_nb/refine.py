@@ -50,7 +50,7 @@ def refine_experts(experts: SharedCoreExperts,  # Changed in place; fp32
                    *,
                    steps: int = 200,
                    batch: int = 1024,  # Tokens per step
-                   lr: float = .04,  # Relative to the root mean square of each factor
+                   lr: float = .06,  # Relative to the root mean square of each factor
                    heldout: int = 4096,  # Tokens held out, at most a tenth
                    seed: int = 0
                   ) -> tuple[float, float]:
