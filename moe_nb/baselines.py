@@ -305,7 +305,7 @@ def mobe(model: nn.Module,
          ratio: float,  # Stored / original parameters of all experts
          statistics: dict[str, Statistics] | None = None,  # Not used
          seed: int = 0,
-         steps: int = 2000) -> int:
+         steps: int = 1000) -> int:
     "Mixture of basis experts: MoBE (Chen et al., ICLR 2026, arXiv 2508.05257), for down as well."
     matrices, shapes, stored = expert_matrices(model), {}, 0
     X = {key: W_Eoi.mT if key[1] == "down_proj" else W_Eoi for key, W_Eoi in matrices.items()}
