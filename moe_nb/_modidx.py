@@ -115,6 +115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'moe_nb/compress.py'),
                                  'moe_nb.compress.active_parameters': ('compress.html#active_parameters', 'moe_nb/compress.py'),
                                  'moe_nb.compress.align_layers': ('compress.html#align_layers', 'moe_nb/compress.py'),
+                                 'moe_nb.compress.budget_groups': ('compress.html#budget_groups', 'moe_nb/compress.py'),
                                  'moe_nb.compress.check_finite': ('compress.html#check_finite', 'moe_nb/compress.py'),
                                  'moe_nb.compress.check_work': ('compress.html#check_work', 'moe_nb/compress.py'),
                                  'moe_nb.compress.compress_model': ('compress.html#compress_model', 'moe_nb/compress.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CompressionConfig', 'selected_experts', 'check_finite', 'projection_groups', 'group_weights', 'rank_for',
-           'check_work', 'fit_ranks', 'align_layers', 'fit_ratio', 'compressed_layer', 'active_parameters',
-           'stored_parameters', 'CompressionStatistics', 'summarize', 'fingerprint', 'experts_per_token',
-           'compress_model']
+           'budget_groups', 'check_work', 'fit_ranks', 'align_layers', 'fit_ratio', 'compressed_layer',
+           'active_parameters', 'stored_parameters', 'CompressionStatistics', 'summarize', 'fingerprint',
+           'experts_per_token', 'compress_model']
 
 # %% ../nbs/07_compress.ipynb #39d35b02
 import hashlib
@@ -104,17 +104,28 @@ def rank_for(sizes: Sizes, config: CompressionConfig) -> int:
     if config.rank > min(sizes.f, sizes.d): raise ValueError(f"rank {config.rank} is larger than the matrix: the experts are {sizes.f} x {sizes.d}")
     return config.rank
 
+# %% ../nbs/07_compress.ipynb #d5a29f3b
+def budget_groups(groups: list, calibrated: bool) -> list[list]:
+    """Which of `groups` share a budget: all of them where data say what matters, else each has the ratio for itself.
+
+    >>> budget_groups(["layer 0", "layer 1"], True), budget_groups(["layer 0", "layer 1"], False)
+    ([['layer 0', 'layer 1']], [['layer 0'], ['layer 1']])
+    """
+    return [groups] if calibrated else [[group] for group in groups]
+
 # %% ../nbs/07_compress.ipynb #a1f29053
-def check_work(experts: dict[str, nn.Module], config: CompressionConfig) -> None:
+def check_work(experts: dict[str, nn.Module], config: CompressionConfig, calibrated: bool) -> None:
     "Every check that can be made before the first fit: layouts, ranks or budget, finite weights."
-    smallest = original = 0
+    sizes = []
     for module in experts.values():
         check_layout(module)
         for group in projection_groups(config):
             X_BEfd = group_weights(module, group)
             if not config.by_budget: rank_for(Sizes(*X_BEfd.shape), config)
-            smallest, original = smallest + Sizes(*X_BEfd.shape).stored(0), original + X_BEfd.numel()
-    if config.by_budget: check_budget(config.ratio * original, smallest, original)
+            sizes.append((Sizes(*X_BEfd.shape).stored(0), X_BEfd.numel()))
+    if config.by_budget:
+        smallest, original = max((tuple(map(sum, zip(*pot))) for pot in budget_groups(sizes, calibrated)), key=lambda pot: pot[0] / pot[1])
+        check_budget(config.ratio * original, smallest, original)
     check_finite(experts)
 
 # %% ../nbs/07_compress.ipynb #f745b221
@@ -150,8 +161,8 @@ def fit_ratio(model: nn.Module,
     with torch.enable_grad(): moments = calibrate(model, calibration) if calibration else {}
     groups = {(name, *group): make_group(group_weights(module, group), moments.get(name), read_experts(module)["down_proj"].mT)
               for name, module in experts.items() for group in projection_groups(config)}
-    budget = config.ratio * sum(group.X_Emd.numel() for group in groups.values())
-    fit_budget(list(groups.values()), budget, rounds=config.rounds, multiple=config.rank_multiple)
+    for pot in budget_groups(list(groups.values()), bool(moments)):
+        fit_budget(pot, config.ratio * sum(group.X_Emd.numel() for group in pot), rounds=config.rounds, multiple=config.rank_multiple)
     fitted = {name: {} for name in experts}
     for (name, *projections), group in groups.items(): fitted[name] |= zip(projections, pack_group(group))
     return fitted, {name: torch.where(moments[name].tokens == 0)[0].tolist() for name in experts if moments}
@@ -239,7 +250,7 @@ def compress_model(model: nn.Module,  # A transformers MoE; its experts are repl
                   ) -> tuple[nn.Module, CompressionStatistics]:
     "Compress `model`. All checks come first: when one fails, the model is as it was. Deterministic on one machine."
     experts, start, calibration = selected_experts(model, config), time.time(), list(calibration or [])
-    check_work(experts, config)
+    check_work(experts, config, bool(calibration))
     top_k, source = experts_per_token(model), fingerprint(model)
     with torch.enable_grad(): fitted, unseen = fit_ratio(model, experts, config, calibration) if config.by_budget else (fit_ranks(experts, config), {})
     records = record_layers(model, calibration, experts) if config.by_budget and calibration and config.refine_steps else {}
