@@ -1,4 +1,6 @@
 "Run notebooks in place and store their outputs: `python .ci/refresh.py [notebook or folder ...]`."
+import base64
+import io
 import os
 import sys
 import time
@@ -9,6 +11,7 @@ from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from nbdev.process import extract_directives
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = dict(
@@ -34,6 +37,15 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
+def shrink_figures(nb):
+    "Store figures with 64 colours: a quarter of the size, and the eye sees no difference"
+    for data in (output["data"] for cell in nb.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})):
+        image, small = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))), io.BytesIO()
+        if image.mode != "P":
+            image.convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+            data["image/png"] = base64.b64encode(small.getvalue()).decode()
+
+
 def refresh(path, flags):
     "Run the notebook at `path` and write it back; a cell that raises leaves the file as it was"
     start = time.time()
@@ -43,6 +55,7 @@ def refresh(path, flags):
                     resources={"metadata": {"path": str(path.parent)}})
     client.flags = flags
     client.execute()
+    shrink_figures(nb)
     nbformat.write(nb, path)
     nbdev_clean(fname=str(path))
     print(f"{path.relative_to(ROOT)}  {time.time() - start:.0f} s", flush=True)
