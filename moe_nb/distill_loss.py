@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OutputHead', 'output_head', 'check_head', 'product', 'logits', 'SparseTargets', 'divergence', 'chunk_loss', 'rows',
-           'ChunkedLoss', 'full', 'distillation_loss']
+           'chunk_tokens', 'ChunkedLoss', 'full', 'distillation_loss']
 
 # %% ../nbs/09_distill_loss.ipynb #3f55366f
 from typing import NamedTuple
@@ -100,6 +100,11 @@ def rows(targets, start: int, stop: int):
     if isinstance(targets, SparseTargets): return SparseTargets(*(part[start:stop] for part in targets))
     return targets[0][start:stop], targets[1]
 
+# %% ../nbs/09_distill_loss.ipynb #d0a8f0e8
+def chunk_tokens(weight_Vd: torch.Tensor) -> int:
+    "Tokens whose logits are held at a time: 16 MB of them on a CPU, 256 MB on a GPU."
+    return max(16, (2**26 if weight_Vd.is_cuda else 2**22) // len(weight_Vd))
+
 # %% ../nbs/09_distill_loss.ipynb #2f60bf1e
 class ChunkedLoss(torch.autograd.Function):
     "Sums of the loss over the tokens; the gradients are computed in the forward pass."
@@ -145,9 +150,8 @@ def distillation_loss(student_BLd: torch.Tensor, head: OutputHead, labels_BL: to
     if isinstance(targets, SparseTargets): targets = SparseTargets(*(part.to(hidden_Td.device) for part in targets))
     if isinstance(targets, SparseTargets) and len(targets.ids_Tn) != len(labels_T): raise ValueError(f"the stored targets cover {len(targets.ids_Tn)} tokens; expected the {len(labels_T)} predicted ones")
     if targets is not None and not alpha: targets = None
-    chunk = chunk or max(16, (2**26 if hidden_Td.is_cuda else 2**22) // len(weight_Vd))
     needed = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden_Td, weight_Vd, bias_V)]
-    sums = ChunkedLoss.apply(hidden_Td, weight_Vd, bias_V, head, labels_T, targets, temperature, alpha, chunk, needed)
+    sums = ChunkedLoss.apply(hidden_Td, weight_Vd, bias_V, head, labels_T, targets, temperature, alpha, chunk or chunk_tokens(weight_Vd), needed)
     items = keep_BL.sum().clamp_min(1) if num_items is None else num_items
     loss, kl, ce = (value / items for value in sums)
     return loss, kl.detach(), ce.detach()
