@@ -31,8 +31,8 @@ def replaced_output(model: nn.Module, compute: Callable[[torch.Tensor], object])
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/09c_trainer.ipynb #5a7cdaab
-KINDS = {"wrappers": r"\.(gate|up|down)\.[PQGV]$", "cores": r"\.(gate|up|down)\.core$", "routers": r"(?<!experts)\.(gate|router)(\.\w+)*\.(weight|bias)$", "norms": "norm", "all": ""}
+# %% ../nbs/09c_trainer.ipynb #e8dc25f8
+KINDS = {"experts": r"\.experts\.", "wrappers": r"\.(gate|up|down)\.[PQGV]$", "cores": r"\.(gate|up|down)\.core$", "routers": r"(?<!experts)\.(gate|router)(\.\w+)*\.(weight|bias)$", "norms": "norm", "all": ""}
 
 
 def learning_rate_factors(model: nn.Module, train: dict[str, float]) -> dict[str, float]:
