@@ -78,7 +78,7 @@ def rotate(folder: str | Path, limit: int | None, best: str | None) -> None:
     for path in found:
         if path not in kept: discard(path)
 
-# %% ../nbs/09b_resume.ipynb #97891455
+# %% ../nbs/09b_resume.ipynb #9defc3cf
 class CompleteTrainer(Trainer):
     "A Trainer whose every `checkpoint-N` is a complete model with what a resume needs, and appears in one rename."
 
@@ -123,8 +123,9 @@ class CompleteTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         "Write the model, gathered from all processes, to `output_dir`."
-        if not self.is_fsdp_enabled: return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        if self.is_fsdp_enabled: self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        else: super().save_model(output_dir, _internal_call)
+        if self._staging: self.accelerator.wait_for_everyone()  # the directory must be there before other processes write into it
 
     def _save(self, output_dir=None, state_dict=None):
         model = self.accelerator.unwrap_model(self.model)
