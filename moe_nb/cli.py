@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_sequences', 'CompressArguments', 'compress',
-           'report', 'InspectArguments', 'inspect', 'ExportArguments', 'export', 'EvaluateArguments', 'evaluate',
-           'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
+           'report', 'InspectArguments', 'inspect', 'ExportArguments', 'export', 'distill', 'EvaluateArguments',
+           'evaluate', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #eadce023
 import json
@@ -18,12 +18,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
 from .calibrate import read_texts, self_sequences, token_sequences
 from .checkpoint import METADATA, check_output, load_compressed_model, read_metadata, save_compressed_model
 from .compress import CompressionConfig, compress_model
+from .distill import DistillationConfig
+from .distill import distill as run_distillation
 from .evaluate import evaluate_model, perplexity
 from .export import EXPORT_RECORD, export_to_hf_format, find_tokenizer
 from .plots import plot_frontier
@@ -124,6 +127,15 @@ def export(argv: list[str]) -> None:
     arguments, = parse(argv, "export", ExportArguments)
     print(export_to_hf_format(arguments.model, arguments.original_model_name, arguments.output_dir, dtype=arguments.dtype))
 
+# %% ../nbs/13_cli.ipynb #735d97ea
+def distill(argv: list[str]) -> None:
+    "Train a compressed model towards its original."
+    config, = parse(argv, "distill", DistillationConfig)
+    path = run_distillation(config)
+    if not PartialState().is_main_process: return
+    print(report(path) if (path / METADATA).is_file() else path)
+
+
 # %% ../nbs/13_cli.ipynb #4760ac41
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
@@ -210,7 +222,7 @@ def demo(argv: list[str]) -> None:
     print(NEXT_STEPS, f"\ndemo finished in {time.time() - start:.0f} s", sep="\n")
 
 # %% ../nbs/13_cli.ipynb #5404d482
-COMMANDS: dict[str, Callable] = dict(compress=compress, inspect=inspect, evaluate=evaluate, export=export, demo=demo)
+COMMANDS: dict[str, Callable] = dict(compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, export=export, demo=demo)
 USAGE = "usage: moe-nb COMMAND [flags]\n\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()) + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
 
 
