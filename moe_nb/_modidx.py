@@ -227,6 +227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'moe_nb.fit.wide_factors': ('fit.html#wide_factors', 'moe_nb/fit.py')},
             'moe_nb.plots': { 'moe_nb.plots.figure': ('plots.html#figure', 'moe_nb/plots.py'),
                               'moe_nb.plots.frontier_table': ('plots.html#frontier_table', 'moe_nb/plots.py'),
+                              'moe_nb.plots.plain_log_scale': ('plots.html#plain_log_scale', 'moe_nb/plots.py'),
                               'moe_nb.plots.plot_frontier': ('plots.html#plot_frontier', 'moe_nb/plots.py'),
                               'moe_nb.plots.plot_losses': ('plots.html#plot_losses', 'moe_nb/plots.py')},
             'moe_nb.refine': { 'moe_nb.refine.LayerRecord': ('refine.html#layerrecord', 'moe_nb/refine.py'),

@@ -241,11 +241,13 @@ def result_checkpoint(trainer: DistillationTrainer) -> Path:
 
 
 def write_result(model: nn.Module, config: DistillationConfig, tokenizer) -> None:
-    "Write `model` as the result of the run, in the data type of the student's directory."
+    "Write `model` as the result of the run, in the data type of the student's directory, with the record of how it was made."
     stored = AutoConfig.from_pretrained(config.student_model_path).dtype
     if stored is not None: model.to(stored)
     final = Path(config.output_dir) / "final"
-    if compressed_experts(model): return save_compressed_model(model, final, tokenizer)
+    if compressed_experts(model):
+        model.config.quantization_config.compression["distillation"] = identity(config)
+        return save_compressed_model(model, final, tokenizer)
     with atomic_directory(final, "config.json") as folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder)
 
 # %% ../nbs/09d_distill.ipynb #d1ee6350
