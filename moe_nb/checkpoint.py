@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'METHOD', 'METADATA', 'SUFFIXES', 'INDEXES', 'SharedCoreConfig', 'compressed_experts',
-           'factor_shapes', 'empty_experts', 'set_conversions_aside', 'SharedCoreQuantizer', 'mark_compressed',
+           'factor_shapes', 'empty_experts', 'set_conversions_aside', 'align', 'SharedCoreQuantizer', 'mark_compressed',
            'layer_folders', 'split_state', 'check_output', 'sync', 'atomic_directory', 'sha256', 'write_tensors',
            'save_compressed_model', 'write_model_files', 'write_metadata', 'read_metadata', 'verify_directory',
            'load_compressed_model', 'is_compressed']
@@ -92,6 +92,12 @@ def set_conversions_aside(model: nn.Module) -> None:
     if not hasattr(model, "_all_weight_conversions"): model._all_weight_conversions = getattr(model, "_weight_conversions", None)
     model._weight_conversions = [conversion for conversion in conversions if not serves_experts(conversion)]
 
+# %% ../nbs/06_checkpoint.ipynb #dc2849db
+def align(model: nn.Module) -> None:
+    "Move tensors of `model` that are on the CPU to multiples of 64 bytes, where PyTorch puts its own."
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64: tensor.data = tensor.data.clone()
+
 # %% ../nbs/06_checkpoint.ipynb #eb76dbc0
 @register_quantizer(METHOD)
 class SharedCoreQuantizer(HfQuantizer):
@@ -111,6 +117,7 @@ class SharedCoreQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model._all_weight_conversions = None  # the directory was written without them: materialised experts use the model's defaults
+        align(model)
         return model
 
     def _dequantize(self, model, dtype=None):
