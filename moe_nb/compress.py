@@ -227,11 +227,11 @@ def summarize(total: tuple[int, int], active: tuple[int, int], layers: dict, sec
 
 # %% ../nbs/07_compress.ipynb #9c9836ac
 def fingerprint(model: nn.Module) -> str:
-    "SHA-256 over name, shape and 16 evenly spaced values of every parameter: identifies the source model without reading all of it."
+    "SHA-256 over name, shape and 16 evenly spaced values, rounded to bf16, of every parameter: identifies the source model, in whichever type it was loaded, without reading all of it."
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        sample = flat[torch.linspace(0, len(flat) - 1, 16, device=flat.device).long()].double().tolist()
+        sample = flat[torch.arange(16, device=flat.device) * (len(flat) - 1) // 15].bfloat16().tolist()
         digest.update(f"{name} {tuple(parameter.shape)} {sample}".encode())
     return digest.hexdigest()
 
