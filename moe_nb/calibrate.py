@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'PRIORS', 'FILE_KINDS', 'Moments', 'activation', 'add_moments', 'collect_moments', 'batches', 'run_batches',
-           'shrunk_mean', 'log_likelihood', 'likeliest_prior', 'calibrate', 'token_sequences', 'read_texts',
-           'self_sequences']
+           'shrunk_mean', 'log_likelihood', 'likeliest_prior', 'calibrate', 'token_sequences', 'check_max_length',
+           'read_texts', 'self_sequences']
 
 # %% ../nbs/03_calibrate.ipynb #27f261ef
 from collections.abc import Iterable, Iterator
@@ -167,6 +167,14 @@ def token_sequences(tokenizer,  # Of the model
     sequences = list(torch.tensor(stream[:len(stream) // length * length], dtype=torch.long).view(-1, length))
     if not sequences: raise ValueError(f"the texts hold {len(stream)} tokens, fewer than one sequence of {length}")
     return sequences
+
+# %% ../nbs/03_calibrate.ipynb #c4eada45
+def check_max_length(model: nn.Module, max_length: int) -> None:
+    "Raise `ValueError` unless `model` has positions for sequences of `max_length` tokens."
+    if max_length < 2: raise ValueError(f"max_length must be at least 2, one token of context and one to predict; got {max_length}")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ValueError(f"max_length {max_length} is beyond the {positions} positions of the model")
 
 # %% ../nbs/03_calibrate.ipynb #41570249
 FILE_KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
