@@ -319,6 +319,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'moe_nb.shared_core.emptied': ('shared_core.html#emptied', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.materialized': ('shared_core.html#materialized', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.pairs_by_expert': ('shared_core.html#pairs_by_expert', 'moe_nb/shared_core.py'),
+                                    'moe_nb.shared_core.rows_of': ('shared_core.html#rows_of', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.sorted_pairs': ('shared_core.html#sorted_pairs', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.wrappers': ('shared_core.html#wrappers', 'moe_nb/shared_core.py')},
             'moe_nb.targets': { 'moe_nb.targets.Captured': ('targets.html#captured', 'moe_nb/targets.py'),
