@@ -7,7 +7,7 @@ __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_seq
            'report', 'InspectArguments', 'inspect', 'ExportArguments', 'export', 'distill', 'EvaluateArguments',
            'evaluate', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
 
-# %% ../nbs/13_cli.ipynb #eadce023
+# %% ../nbs/13_cli.ipynb #086cc75c
 import json
 import sys
 import time
@@ -23,13 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
 from .calibrate import read_texts, self_sequences, token_sequences
-from .checkpoint import METADATA, check_output, load_compressed_model, read_metadata, save_compressed_model
+from .checkpoint import METADATA, check_output, find_tokenizer, load_compressed_model, read_metadata, save_compressed_model
 from .compress import CompressionConfig, compress_model
 from .distill import DistillationConfig
 from .distill import distill as run_distillation
 from .evaluate import evaluate_model, perplexity
-from .export import EXPORT_RECORD, export_to_hf_format, find_tokenizer
+from .export import EXPORT_RECORD, export_to_hf_format
 from .plots import plot_frontier
+from .stream import compress_checkpoint
 from .tiny import load_tiny, tiny_path, tiny_text
 
 # %% ../nbs/13_cli.ipynb #b7e84aa8
@@ -61,7 +62,7 @@ def text_sequences(tokenizer, source: str, column: str, tokens: int, length: int
     texts = tiny_text("calibration") if source == "embedded" else read_texts(source, column)
     return token_sequences(tokenizer, texts, length=length, limit=max(1, tokens // length))
 
-# %% ../nbs/13_cli.ipynb #949b4db5
+# %% ../nbs/13_cli.ipynb #338ae4ef
 @dataclass(frozen=True, kw_only=True)
 class CompressArguments:
     model: str = field(metadata={"help": "the model to compress: a directory or a hub id"})
@@ -77,13 +78,16 @@ def compress(argv: list[str]) -> None:
     "Compress a Mixture-of-Experts model and save it completely."
     arguments, config = parse(argv, "compress", CompressArguments, CompressionConfig)
     check_output(Path(arguments.output_dir), METADATA)
-    tokenizer = find_tokenizer(arguments.model, None)
-    sequences = text_sequences(tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=arguments.device_map)
-    if arguments.calibration == "self": sequences = self_sequences(model, limit=max(1, arguments.calibration_tokens // 256), seed=config.seed)
-    model, statistics = compress_model(model, config, sequences)
-    path = save_compressed_model(model, arguments.output_dir, tokenizer, weights_format=arguments.weights_format)
-    print(report(path))
+    if arguments.calibration == "none": statistics = compress_checkpoint(arguments.model, arguments.output_dir, config, weights_format=arguments.weights_format)
+    else:
+        tokenizer = find_tokenizer(arguments.model)
+        sequences = text_sequences(tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=arguments.device_map)
+        if arguments.calibration == "self": sequences = self_sequences(model, limit=max(1, arguments.calibration_tokens // 256), seed=config.seed)
+        model, statistics = compress_model(model, config, sequences)
+        save_compressed_model(model, arguments.output_dir, tokenizer, weights_format=arguments.weights_format)
+    if not PartialState().is_main_process: return
+    print(report(arguments.output_dir))
     print(f"\ncompressed in {statistics.seconds:.0f} s")
 
 # %% ../nbs/13_cli.ipynb #8f95b168
@@ -127,14 +131,13 @@ def export(argv: list[str]) -> None:
     arguments, = parse(argv, "export", ExportArguments)
     print(export_to_hf_format(arguments.model, arguments.original_model_name, arguments.output_dir, dtype=arguments.dtype))
 
-# %% ../nbs/13_cli.ipynb #735d97ea
+# %% ../nbs/13_cli.ipynb #d6de0eb1
 def distill(argv: list[str]) -> None:
     "Train a compressed model towards its original."
     config, = parse(argv, "distill", DistillationConfig)
     path = run_distillation(config)
     if not PartialState().is_main_process: return
     print(report(path) if (path / METADATA).is_file() else path)
-
 
 # %% ../nbs/13_cli.ipynb #4760ac41
 @dataclass(frozen=True, kw_only=True)

@@ -142,14 +142,15 @@ def file_layout(tensors: dict  # Name -> tensor, which may be on the meta device
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in order}
 
-# %% ../nbs/06a_shards.ipynb #80dd8fa4
+# %% ../nbs/06a_shards.ipynb #4c4b5a4f
 def create_file(path: Path, tensors: dict) -> dict[str, int]:
     "Make a safetensors file of full size for `tensors` (shapes are enough), still without their data; returns their offsets."
     header, offsets = file_layout(tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(header)
-        os.posix_fallocate(file.fileno(), 0, len(header) + sum(value.numel() * value.element_size() for value in tensors.values()))
+        try: os.posix_fallocate(file.fileno(), 0, len(header) + sum(value.numel() * value.element_size() for value in tensors.values()))
+        except OSError as error: raise OSError(f"{path} could not be written: {error.strerror}") from None
     return offsets
 
 

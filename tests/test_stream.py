@@ -1,0 +1,79 @@
+"Streaming in processes of its own: killed and resumed, shared between processes."
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_nb.checkpoint import METADATA
+from moe_nb.shards import work_folder
+from moe_nb.tiny import tiny_path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(output, processes=1, **options):
+    "The command line of a small run"
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if processes > 1 else []
+    flags = dict(dict(model=tiny_path(), output_dir=output, ratio=.25, rounds=2, calibration="none"), **options)
+    return [sys.executable, *launch, "-m", "moe_nb.cli", "compress", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+
+
+def start(*args, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    return subprocess.Popen(command(*args, **options), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(*args, **options):
+    process = start(*args, **options)
+    text = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, text[-3000:]
+    return text
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    output = tmp_path_factory.mktemp("reference") / "compressed"
+    finish(output)
+    return contents(output)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_layers(reference, tmp_path, processes):
+    finish(tmp_path / "compressed", processes)
+    assert contents(tmp_path / "compressed") == reference
+    assert [path.name for path in tmp_path.iterdir()] == ["compressed"]
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_and_resume(reference, tmp_path):
+    "20 runs killed at random, each going on where the one before was killed, give the bytes of an undisturbed run"
+    output, draw, kills, begins, layers = tmp_path / "compressed", random.Random(0), 0, 0, []
+    begun = time.time()
+    finish(tmp_path / "timed")
+    seconds = time.time() - begun
+    while kills < 20:
+        if (output / METADATA).is_file():  # complete before the last kill: from the start again
+            assert contents(output) == reference
+            shutil.rmtree(output)
+            begins += 1
+        process = start(output)
+        try: process.communicate(timeout=draw.uniform(.6, 1) * seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            layers.append(len(list((work_folder(output) / "journal").glob("*.json"))))
+        else: assert process.returncode == 0
+    finish(output)
+    assert contents(output) == reference and sorted(path.name for path in tmp_path.iterdir()) == ["compressed", "timed"]
+    print(f"{kills} kills with {layers} layers done, {begins} new beginnings")
