@@ -141,7 +141,7 @@ def begin(stream: Stream, config: CompressionConfig, output: Path, options: dict
     start_job(work, job)
     return work
 
-# %% ../nbs/07a_stream.ipynb #bae085da
+# %% ../nbs/07a_stream.ipynb #7f75a952
 @torch.no_grad()
 def compress_checkpoint(source: str | Path,  # Directory of a checkpoint, or a hub id
                         output: str | Path,  # New directory, or an older one of ours, which is replaced
@@ -152,7 +152,7 @@ def compress_checkpoint(source: str | Path,  # Directory of a checkpoint, or a h
                         max_shard_size: str = "5GB"  # Of each file of weights that are not experts
                        ) -> CompressionStatistics:
     "Compress a checkpoint layer by layer, with the memory of one layer. A run that was killed is taken up again; several processes share the layers."
-    state, start, output = PartialState(timeout=timedelta(days=7)), time.time(), Path(os.path.abspath(output))
+    state, start, output = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7)), time.time(), Path(os.path.abspath(output))
     if weights_format not in SUFFIXES: raise ValueError(f"weights_format must be one of {', '.join(SUFFIXES)}; got {weights_format!r}")
     check_output(output, METADATA)
     stream, tokenizer = open_stream(source, config), tokenizer or find_tokenizer(source)
