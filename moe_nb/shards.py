@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['WANTED', 'JOB', 'source_folder', 'weight_files', 'open_source', 'slice_dtype', 'file_identity', 'source_identity',
-           'load_tensors', 'empty_model', 'runtime_names', 'tensors_of', 'file_layout', 'create_file', 'write_at',
-           'copy_tensor', 'work_folder', 'replace_text', 'differences', 'start_job', 'record_path', 'finish_piece',
-           'finished_piece', 'clear_journal']
+           'load_tensors', 'empty_model', 'runtime_names', 'parts_of', 'release', 'file_layout', 'create_file',
+           'write_at', 'copy_tensor', 'work_folder', 'replace_text', 'differences', 'start_job', 'record_path',
+           'spans_digest', 'finish_piece', 'finished_piece']
 
-# %% ../nbs/06a_shards.ipynb #6b8b5ced
+# %% ../nbs/06a_shards.ipynb #a5ec7c2f
 import hashlib
 import json
 import os
-import shutil
+import re
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 
-from .checkpoint import INDEXES, sha256, sync
+from .checkpoint import INDEXES, sync
 
 # %% ../nbs/06a_shards.ipynb #fd4ec134
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
@@ -110,7 +110,7 @@ def empty_model(folder: Path, slices: dict) -> nn.Module:
     if (folder / "generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
-# %% ../nbs/06a_shards.ipynb #898b1dee
+# %% ../nbs/06a_shards.ipynb #a3bef6fe
 def runtime_names(model: nn.Module, names) -> dict[str, str]:
     "Name in the checkpoint -> name of the parameter or buffer of `model` that it is part of; those that no one loads are left out."
     conversions, state, prefix = get_model_conversion_mapping(model), model.state_dict(), model.base_model_prefix
@@ -121,9 +121,21 @@ def runtime_names(model: nn.Module, names) -> dict[str, str]:
     return {name: new for name, new in found.items() if new in state}
 
 
-def tensors_of(slices: dict, names: dict[str, str], module: str) -> dict:
-    "The part of `slices` that belongs to the submodule `module`, by the `names` of `runtime_names`."
-    return {name: slices[name] for name, new in names.items() if new.startswith(module + ".")}
+def parts_of(names: dict[str, str],  # Of `runtime_names`
+             modules  # Names of submodules that are parts of their own
+            ) -> dict[str, list[str]]:
+    "Part of the model -> its tensors in the checkpoint: each of `modules`, of each numbered layer what is left of it, and every other tensor."
+    parts = {name: [] for name in modules}
+    for name, new in names.items():
+        owner = next((module for module in modules if new.startswith(module + ".")), re.sub(r"(\.\d+)\..*", r"\1", new))
+        parts.setdefault(owner, []).append(name)
+    return parts
+
+# %% ../nbs/06a_shards.ipynb #a7c775e4
+def release(module: nn.Module) -> None:
+    "Give back the memory of all parameters of `module`: they go to the meta device."
+    for part in module.modules():
+        part._parameters.update({name: nn.Parameter(p.detach().to("meta"), requires_grad=False) for name, p in part._parameters.items() if p is not None})
 
 # %% ../nbs/06a_shards.ipynb #8bbb3e23
 _ALIGNMENT = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]  # the order of the library
@@ -210,28 +222,36 @@ def start_job(folder: Path, job: dict) -> None:
     changed = differences(json.loads((folder / JOB).read_text()), job)
     if changed: raise ValueError(f"{folder} holds an unfinished run of another kind ({'; '.join(changed)}); go on with the old settings, or delete it")
 
-# %% ../nbs/06a_shards.ipynb #39fd604b
+# %% ../nbs/06a_shards.ipynb #5bfb2688
 def record_path(folder: Path, piece: str) -> Path: return folder / "journal" / f"{piece}.json"
 
 
-def finish_piece(folder: Path, piece: str, files: list[str], record: dict) -> None:
-    "Make `files` durable, then write the record that says that `piece` is done."
-    sync(*(folder / file for file in files), *{(folder / file).parent for file in files})
+def spans_digest(folder: Path, spans: list) -> str:
+    "SHA-256 over `(file, start, length)` of files in `folder`; empty where one of them is missing."
+    digest = hashlib.sha256()
+    for name, start, length in spans:
+        if not (folder / name).is_file(): return ""
+        with open(folder / name, "rb") as file:
+            file.seek(start)
+            for at in range(0, length, 1 << 24): digest.update(file.read(min(1 << 24, length - at)))
+    return digest.hexdigest()
+
+
+def finish_piece(folder: Path,
+                 piece: str,
+                 spans: list,  # What was written: `(file, start, length)`
+                 record: dict,  # Anything that a later run wants to know
+                 digest: str | None = None  # Of the spans, where the writer knows it
+                ) -> None:
+    "Make what was written durable, then write the record that says that `piece` is done."
+    files = {folder / name for name, _, _ in spans}
+    sync(*files, *{file.parent for file in files})
     record_path(folder, piece).parent.mkdir(exist_ok=True)
-    replace_text(record_path(folder, piece), json.dumps(dict(record, files={file: sha256(folder / file) for file in files})))
+    replace_text(record_path(folder, piece), json.dumps(dict(record, spans=spans, digest=digest or spans_digest(folder, spans))))
 
 
 def finished_piece(folder: Path, piece: str, verify: bool = True) -> dict | None:
-    "The record of `piece`; None if it is not done, or (with `verify`) if one of its files is no longer what it was."
+    "The record of `piece`; None if it is not done, or (with `verify`) if what it wrote is no longer there."
     if not record_path(folder, piece).is_file(): return None
     record = json.loads(record_path(folder, piece).read_text())
-    intact = not verify or all((folder / file).is_file() and sha256(folder / file) == digest for file, digest in record["files"].items())
-    return record if intact else None
-
-# %% ../nbs/06a_shards.ipynb #210f0d8a
-def clear_journal(folder: Path) -> None:
-    "Remove what is not part of the result."
-    shutil.rmtree(folder / "journal", ignore_errors=True)
-    (folder / JOB).unlink(missing_ok=True)
-    for leftover in folder.rglob(".*"):
-        if leftover.is_file(): leftover.unlink()
+    return None if verify and spans_digest(folder, record["spans"]) != record["digest"] else record
