@@ -67,13 +67,13 @@ def test_kill_at_any_moment_and_resume(tmp_path):
             shutil.rmtree(output)
             begins += 1
         process = start(output, rounds=16)
-        try: process.communicate(timeout=draw.uniform(.5, 1) * seconds)
+        try: text, _ = process.communicate(timeout=draw.uniform(.5, 1) * seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             kills += 1
             layers.append(len(list((work_folder(output) / "journal").glob("*.json"))))
-        else: assert process.returncode == 0
+        else: assert process.returncode == 0, text[-3000:]
     finish(output, rounds=16)
     assert contents(output) == reference and sorted(path.name for path in tmp_path.iterdir()) == ["compressed", "timed"]
     print(f"{kills} kills with {layers} layers done, {begins} new beginnings")
