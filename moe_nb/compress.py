@@ -139,10 +139,11 @@ def fit_rank(experts: nn.Module, config: CompressionConfig) -> dict[str, SharedC
         else: fitted[projection], = fit_closed_form(X_BEfd, narrow_rank=rank, wide_rank=rank, rounds=config.rounds)
     return fitted
 
-# %% ../nbs/07_compress.ipynb #80738508
+# %% ../nbs/07_compress.ipynb #55eef088
 def align_layer(experts: nn.Module, config: CompressionConfig) -> None:
-    "Align the experts of a layer in place; their function stays the same. Only where all projections are compressed."
-    if len(set(config.projections)) == len(PROJECTIONS) and experts.down_proj.shape[-1] <= config.align_width: align_experts(experts)
+    "Align the experts of a layer in place, wide ones in one round; their function stays the same. Only where all projections are compressed."
+    width = experts.down_proj.shape[-1]
+    if len(set(config.projections)) == len(PROJECTIONS) and width <= config.align_width: align_experts(experts, rounds=8 if width <= 256 else 1)
 
 # %% ../nbs/07_compress.ipynb #d8b4a5ec
 def fit_layer(experts: nn.Module, config: CompressionConfig) -> dict[str, SharedCore]:
@@ -253,11 +254,11 @@ def stored_statistics(statistics: CompressionStatistics) -> dict:
     "What `compression_statistics.yaml` holds."
     return {name: value for name, value in asdict(statistics).items() if name != "seconds"}
 
-# %% ../nbs/07_compress.ipynb #9cf31abb
+# %% ../nbs/07_compress.ipynb #859f6c48
 def sample(name: str, parameter: torch.Tensor) -> str:
     "Name, shape and 16 evenly spaced values of a parameter."
     flat = parameter.detach().flatten()
-    values = flat[torch.linspace(0, len(flat) - 1, 16, device=flat.device).long()].double().tolist()
+    values = flat[torch.linspace(0, len(flat) - 1, 16, dtype=torch.float64, device=flat.device).long()].double().tolist()
     return f"{name} {tuple(parameter.shape)} {values}"
 
 
