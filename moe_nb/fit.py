@@ -9,8 +9,10 @@ __all__ = ['PART', 'LEAST_WEIGHT', 'EXACT', 'SPREAD', 'OVERSAMPLING', 'SWEEPS', 
            'find_directions', 'allocate', 'wide_factors', 'weighted_core', 'improve_core', 'check_budget', 'fit_budget',
            'pack_group', 'fit_operations', 'Sizes', 'uniform_rank']
 
-# %% ../nbs/04_fit.ipynb #8bd7c160
+# %% ../nbs/04_fit.ipynb #70e23de1
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -216,9 +218,9 @@ def leading_directions(R_Emd: torch.Tensor,
     rotation_Ekk = torch.linalg.eigh(start_Ekd @ start_Ekd.mT).eigenvectors.flip(-1)
     return (left_Emk @ rotation_Ekk).mT, rotation_Ekk.mT @ start_Ekd
 
-# %% ../nbs/04_fit.ipynb #a7e2de1e
+# %% ../nbs/04_fit.ipynb #05497d28
 EXACT = 512  # Largest smaller side of a matrix of which all directions are found
-SPREAD, OVERSAMPLING, SWEEPS = 1.3, 16, 3  # Directions found per expert, relative to the mean rank, and beyond; products at first, later one
+SPREAD, OVERSAMPLING, SWEEPS = 1.15, 16, 2  # Directions found per expert, relative to the mean rank, and beyond; products at first, later one
 
 
 def directions_to_find(group: "Group", budget: float) -> int:
@@ -301,16 +303,17 @@ def check_budget(budget: float, smallest: int, original: int) -> None:
     """
     if budget < smallest: raise ValueError(f"ratio {budget / original:.4g} is too small: the smallest possible is {math.ceil(10000 * smallest / original) / 10000:.4f}")
 
-# %% ../nbs/04_fit.ipynb #fd61de54
-def fit_budget(groups: list[Group], budget: float, rounds: int = 8, multiple: int = 1) -> None:
-    "Fit all `groups` within `budget` numbers in all: rounds of directions, allocation, core; the directions have the last word."
+# %% ../nbs/04_fit.ipynb #7bee21d0
+def fit_budget(groups: list[Group], budget: float, rounds: int = 8, multiple: int = 1, visit: Callable = nullcontext) -> None:
+    "Fit all `groups` within `budget` numbers in all: rounds of directions, allocation, core; the directions have the last word. The tensors of a group are needed inside `visit(group)` only."
     check_budget(budget, sum(group.fixed for group in groups), sum(group.X_Emd.numel() for group in groups))
     total = sum(group.X_Emd.numel() for group in groups)
     for round in range(rounds):
         for group in groups:
-            if round == 0: group.core_md = group.X_Emd.mean(0, dtype=torch.float32)
-            else: improve_core(group)
-            find_directions(group, directions_to_find(group, budget * group.X_Emd.numel() / total))
+            with visit(group):
+                if round == 0: group.core_md = group.X_Emd.mean(0, dtype=torch.float32)
+                else: improve_core(group)
+                find_directions(group, directions_to_find(group, budget * group.X_Emd.numel() / total))
         allocate(groups, budget, multiple)
 
 # %% ../nbs/04_fit.ipynb #cabf676c

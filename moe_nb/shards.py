@@ -9,7 +9,7 @@ __all__ = ['WANTED', 'JOB', 'source_folder', 'weight_files', 'LazyTensor', 'open
            'start_job', 'begin_job', 'complete_job', 'processes', 'record_path', 'spans_digest', 'finish_piece',
            'finished_piece']
 
-# %% ../nbs/06a_shards.ipynb #794aa1e3
+# %% ../nbs/06a_shards.ipynb #a017acce
 import hashlib
 import json
 import os
@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -114,13 +114,13 @@ def load_tensors(model: nn.Module,  # On the meta device, at least the part that
     if report.conversion_errors: raise ValueError(f"{next(iter(report.conversion_errors))}: the experts of the checkpoint do not fit together ({next(iter(report.conversion_errors.values()))[:200]})")
     return report
 
-# %% ../nbs/06a_shards.ipynb #0eef50ce
+# %% ../nbs/06a_shards.ipynb #c978a123
 def empty_model(folder: Path, tensors: dict) -> nn.Module:
     "The causal language model of `folder` on the meta device; raises unless `tensors` are exactly its tensors."
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None): raise ValueError(f"{folder} is quantized ({config.quantization_config['quant_method']}): streaming reads bfloat16, float16 and float32; load it, dequantize() it and save it first")
     dtype = config.dtype or next(iter(tensors.values())).dtype
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with init_empty_weights(): model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
     report = load_tensors(model, shapes, "meta")
     model.tie_weights(missing_keys=report.missing_keys)
