@@ -59,14 +59,14 @@ def run_layer(layer: nn.Module, hidden_states: torch.Tensor, call: tuple) -> tor
     output = layer(hidden_states, *call[0], **call[1])
     return output[0] if isinstance(output, tuple) else output
 
-# %% ../nbs/06b_layerwise.ipynb #207d6002
+# %% ../nbs/06b_layerwise.ipynb #67791096
 def output_gradient(model: nn.Module, ids_BL: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     "Gradient of the summed cross-entropy by the output of the last layer."
     layers, last = decoder_layers(model), last.detach().requires_grad_()
     end = list(layers)[-1]
     with torch.enable_grad(), tapped(layers, lambda name, hidden_states, *args, **kwargs: last if name == end else hidden_states):
         logits = model(ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    F.cross_entropy(logits, ids_BL[:, 1:].flatten(), reduction="sum").backward()
+        F.cross_entropy(logits, ids_BL[:, 1:].flatten(), reduction="sum").backward()
     return last.grad
 
 # %% ../nbs/06b_layerwise.ipynb #5c4ca619
