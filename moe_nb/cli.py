@@ -62,7 +62,7 @@ def text_sequences(tokenizer, source: str, column: str, tokens: int, length: int
     texts = tiny_text("calibration") if source == "embedded" else read_texts(source, column)
     return token_sequences(tokenizer, texts, length=length, limit=max(1, tokens // length))
 
-# %% ../nbs/13_cli.ipynb #338ae4ef
+# %% ../nbs/13_cli.ipynb #acaf143e
 @dataclass(frozen=True, kw_only=True)
 class CompressArguments:
     model: str = field(metadata={"help": "the model to compress: a directory or a hub id"})
@@ -71,18 +71,19 @@ class CompressArguments:
     calibration: str = field(default="embedded", metadata={"help": "what weights the fit: embedded (the documentation of Python), a file (.txt, .md, .jsonl, .json, .parquet), a hub data set (name or name:configuration), self (sampled from the model), or none"})
     calibration_column: str = field(default="text", metadata={"help": "column of the data that holds the text"})
     calibration_tokens: int = field(default=131072, metadata={"help": "most tokens of it that are used, in sequences of 256"})
-    device_map: str = field(default="auto", metadata={"help": "where the model is loaded, as in transformers"})
+    device_map: str | None = field(default=None, metadata={"help": "load the whole model there, as in transformers, in place of working layer by layer; calibration self always does (auto)"})
 
 
 def compress(argv: list[str]) -> None:
     "Compress a Mixture-of-Experts model and save it completely."
     arguments, config = parse(argv, "compress", CompressArguments, CompressionConfig)
     check_output(Path(arguments.output_dir), METADATA)
-    if arguments.calibration == "none": statistics = compress_checkpoint(arguments.model, arguments.output_dir, config, weights_format=arguments.weights_format)
+    tokenizer = find_tokenizer(arguments.model)
+    sequences = text_sequences(tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens)
+    if arguments.device_map is None and arguments.calibration != "self":
+        statistics = compress_checkpoint(arguments.model, arguments.output_dir, config, sequences, tokenizer=tokenizer, weights_format=arguments.weights_format)
     else:
-        tokenizer = find_tokenizer(arguments.model)
-        sequences = text_sequences(tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=arguments.device_map)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=arguments.device_map or "auto")
         if arguments.calibration == "self": sequences = self_sequences(model, limit=max(1, arguments.calibration_tokens // 256), seed=config.seed)
         model, statistics = compress_model(model, config, sequences)
         save_compressed_model(model, arguments.output_dir, tokenizer, weights_format=arguments.weights_format)

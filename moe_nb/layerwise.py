@@ -147,10 +147,12 @@ def layerwise_moments(model: nn.Module,  # Its layers may be empty; everything e
         if found[name]: found[name]["sensitivity"] = mean_sensitivity([total / count for total, count in zip(squares, tokens)], found[name]["tokens"])
     return found
 
-# %% ../nbs/06b_layerwise.ipynb #63d9f60c
+# %% ../nbs/06b_layerwise.ipynb #93bc6786
 def mean_sensitivity(values: list[float], tokens: list[float]) -> float:
-    "Of both halves, weighted by the tokens of the experts."
-    return sum(value * count for value, count in zip(values, tokens)) / sum(tokens[:len(values)])
+    "Of both halves, weighted by the tokens of the experts, with the rounding of `Moments.__add__`."
+    if len(values) == 1: return values[0]
+    first, second = torch.tensor(tokens)
+    return ((values[0] * first + values[1] * second) / (first + second)).item()
 
 
 def read_moments(folder: Path, index: int, found: dict, device: str | torch.device = "cpu") -> Moments:
