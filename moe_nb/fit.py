@@ -326,18 +326,22 @@ def pack_group(group: Group) -> list[SharedCore]:
     return [SharedCore(core=core, P=none.clone(), Q=none.clone(), G=G, V=V_Sd if block == 0 else None, narrow_ranks=torch.zeros_like(ranks), wide_ranks=ranks.clone())
             for block, (core, G) in enumerate(zip(group.core_md.split(f), G_Sm.split(f, dim=1)))]
 
-# %% ../nbs/04_fit.ipynb #bdaad57f
-def fit_operations(B: int, E: int, f: int, d: int, rounds: int = 8, core_steps: int = 4) -> float:
-    """Floating-point operations of the fit of one group of projections, both metrics included.
+# %% ../nbs/04_fit.ipynb #c512e784
+def fit_operations(B: int, E: int, f: int, d: int, rounds: int = 8, core_steps: int = 4,
+                   weighted: bool = True,  # By both metrics
+                   count: int | None = None  # Directions found per expert; None: all
+                  ) -> float:
+    """Floating-point operations of the fit of one group of projections.
 
     >>> f"{fit_operations(2, 32, 64, 128) / 1e9:.0f} billion"
     '24 billion'
     """
     m, k = B * f, min(B * f, d)
-    metric = 2 * E * m * d * (m + d)  # a product with both metrics
-    directions = 2 * metric + E * (4 * k * m * d + 9 * k**3)
-    core = E * (k * (m**2 + d**2) + 2 * k * m * d) + 2 * E * (m**3 + d**3) + (core_steps + 1) * metric
-    return rounds * directions + (rounds - 1) * core
+    metric = 2 * E * m * d * (m + d) if weighted else 0  # a product with both metrics
+    core = 2 * E * m * d * (count or k) + (E * k * (m**2 + d**2) + 2 * E * (m**3 + d**3) if weighted else 0) + (core_steps + 1) * metric
+    if count is None or count >= k: return rounds * (2 * metric + E * (4 * k * m * d + 9 * k**3)) + (rounds - 1) * core
+    sweep = E * (4 * m * d * count + 4 * m * count**2)
+    return (rounds + SWEEPS - 1) * sweep + rounds * (2 * metric + 9 * E * count**3) + (rounds - 1) * core
 
 # %% ../nbs/04_fit.ipynb #9cacf506
 class Sizes(NamedTuple):
