@@ -77,6 +77,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'moe_nb.checkpoint.load_compressed_model': ( 'checkpoint.html#load_compressed_model',
                                                                                 'moe_nb/checkpoint.py'),
                                    'moe_nb.checkpoint.mark_compressed': ('checkpoint.html#mark_compressed', 'moe_nb/checkpoint.py'),
+                                   'moe_nb.checkpoint.offload_as_one': ('checkpoint.html#offload_as_one', 'moe_nb/checkpoint.py'),
                                    'moe_nb.checkpoint.read_metadata': ('checkpoint.html#read_metadata', 'moe_nb/checkpoint.py'),
                                    'moe_nb.checkpoint.save_compressed_model': ( 'checkpoint.html#save_compressed_model',
                                                                                 'moe_nb/checkpoint.py'),

@@ -7,10 +7,10 @@ __all__ = ['FORMAT_VERSION', 'METHOD', 'METADATA', 'SUFFIXES', 'INDEXES', 'Share
            'factor_shapes', 'empty_experts', 'set_conversions_aside', 'SharedCoreQuantizer', 'mark_compressed',
            'layer_folders', 'split_state', 'check_output', 'sync', 'install_directory', 'atomic_directory', 'sha256',
            'write_tensors', 'save_compressed_model', 'write_shards', 'write_records', 'write_model_files',
-           'write_metadata', 'read_metadata', 'verify_directory', 'load_compressed_model', 'find_tokenizer',
-           'is_compressed']
+           'write_metadata', 'read_metadata', 'verify_directory', 'offload_as_one', 'load_compressed_model',
+           'find_tokenizer', 'is_compressed']
 
-# %% ../nbs/06_checkpoint.ipynb #8ad47f2f
+# %% ../nbs/06_checkpoint.ipynb #599d2f4a
 import copy
 import hashlib
 import json
@@ -25,6 +25,8 @@ import accelerate
 import torch
 import transformers
 import yaml
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import PrefixedDataset
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -94,7 +96,7 @@ def set_conversions_aside(model: nn.Module) -> None:
     if not hasattr(model, "_all_weight_conversions"): model._all_weight_conversions = getattr(model, "_weight_conversions", None)
     model._weight_conversions = [conversion for conversion in conversions if not serves_experts(conversion)]
 
-# %% ../nbs/06_checkpoint.ipynb #eb76dbc0
+# %% ../nbs/06_checkpoint.ipynb #7ddc586b
 @register_quantizer(METHOD)
 class SharedCoreQuantizer(HfQuantizer):
     "Builds the compressed experts before `from_pretrained` reads the weights, and turns them back into plain ones on `dequantize`."
@@ -107,7 +109,8 @@ class SharedCoreQuantizer(HfQuantizer):
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized: raise ValueError("from_pretrained loads compressed models, it does not compress: use moe_nb.compress_model")
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if checkpoint_files: checkpoint_files.sort(key=lambda file: file.count(os.sep))  # offloading to disk looks for all files beside the first, so that is not to be in a subfolder
         for name, shapes in self.quantization_config.modules.items():
             model.set_submodule(name, empty_experts(model.get_submodule(name), shapes))
 
@@ -321,7 +324,17 @@ def verify_directory(path: str | Path,  # A compressed directory
             raise ValueError(f"{path / name} is not part of the checkpoint and could be loaded in place of it; remove it")
     return metadata
 
-# %% ../nbs/06_checkpoint.ipynb #fedfc8d9
+# %% ../nbs/06_checkpoint.ipynb #abe899fa
+def offload_as_one(model: nn.Module) -> None:
+    "Let accelerate bring in the experts of a layer as a whole, where it keeps their weights elsewhere."
+    for name, experts in compressed_experts(model).items():
+        hook = getattr(next(iter(experts.children())), "_hf_hook", None)
+        if hook is None or not hook.offload: continue
+        weights = PrefixedDataset(hook.weights_map.dataset, f"{name}.")
+        remove_hook_from_module(experts, recurse=True)
+        add_hook_to_module(experts, AlignDevicesHook(execution_device=hook.execution_device, offload=True, weights_map=weights, place_submodules=True))
+
+# %% ../nbs/06_checkpoint.ipynb #c7f5c4ce
 def load_compressed_model(path: str | Path,  # A compressed directory
                           original_model_name: str | None = None,  # Accepted for what a directory lacks; ours lack nothing
                           *,
@@ -342,6 +355,7 @@ def load_compressed_model(path: str | Path,  # A compressed directory
         raise ValueError(f"{path}: a .pt file holds more than tensors and was not executed ({str(error).splitlines()[0]})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]: raise ValueError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:5]}")
+    offload_as_one(model)
     return model.eval()
 
 # %% ../nbs/06_checkpoint.ipynb #921fe3ea
