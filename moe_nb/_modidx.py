@@ -263,6 +263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'moe_nb.layerwise.put': ('layerwise.html#put', 'moe_nb/layerwise.py'),
                                   'moe_nb.layerwise.read_moments': ('layerwise.html#read_moments', 'moe_nb/layerwise.py'),
                                   'moe_nb.layerwise.read_record': ('layerwise.html#read_record', 'moe_nb/layerwise.py'),
+                                  'moe_nb.layerwise.read_tensors': ('layerwise.html#read_tensors', 'moe_nb/layerwise.py'),
                                   'moe_nb.layerwise.run_layer': ('layerwise.html#run_layer', 'moe_nb/layerwise.py'),
                                   'moe_nb.layerwise.tapped': ('layerwise.html#tapped', 'moe_nb/layerwise.py'),
                                   'moe_nb.layerwise.watched': ('layerwise.html#watched', 'moe_nb/layerwise.py')},

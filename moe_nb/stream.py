@@ -7,7 +7,7 @@ __all__ = ['Stream', 'open_stream', 'load_part', 'write_layer', 'compress_layer'
            'as_pickles', 'sample_rest', 'layer_loaded', 'load_aligned', 'on_disk', 'Prepared', 'fit_stored', 'prepare',
            'finish', 'compress_checkpoint']
 
-# %% ../nbs/07a_stream.ipynb #268634f7
+# %% ../nbs/07a_stream.ipynb #4d5d17bc
 import os
 import shutil
 import time
@@ -30,7 +30,7 @@ from .compress import (CompressionConfig, CompressionStatistics, align_layer, ch
                              layer_record, projection_groups, sample, samples_digest, selected_experts, stored_parameters, stored_statistics, summarize, versions)
 from .experts import find_experts, read_experts
 from .fit import Group, fit_budget, make_group, pack_group
-from .layerwise import decoder_layers, layerwise_moments, read_moments, read_record
+from .layerwise import decoder_layers, layerwise_moments, read_moments, read_record, read_tensors
 from .refine import LayerRecord
 from .shards import (LazyTensor, begin_job, complete_job, copy_tensor, create_file, empty_model, finish_piece, finished_piece, load_tensors, open_source, parts_of, processes, release, runtime_names,
                            source_folder, source_identity, tensor_bytes, work_folder, write_at)
@@ -161,19 +161,19 @@ def load_aligned(experts: nn.Module, config: CompressionConfig, path: Path) -> N
         path.with_suffix(".unfinished").rename(path)
     for key, value in load_file(path).items(): getattr(experts, key).data.copy_(value)
 
-# %% ../nbs/07a_stream.ipynb #b0c188b3
+# %% ../nbs/07a_stream.ipynb #7413a293
 @contextmanager
-def on_disk(folder: Path, group: Group) -> Iterator[None]:
+def on_disk(folder: Path, group: Group, device: str | torch.device) -> Iterator[None]:
     "The tensors of `group` are in memory within the block, and in `folder` after it."
     for file in folder.glob("*.safetensors"):
-        for key, value in load_file(file).items(): setattr(group, key, value)
+        for key, value in read_tensors(file, device).items(): setattr(group, key, value)
     yield
     fixed, state = ({key: getattr(group, key) for key in keys if getattr(group, key) is not None} for keys in (("X_Emd", "A_Emm", "B_Edd"), ("core_md", "left_Ekm", "right_Ekd")))
     if not (folder / "fixed.safetensors").is_file(): write_tensors(folder / "fixed.safetensors", fixed)
     write_tensors(folder / "state.safetensors", state)
     for key, value in (fixed | state).items(): setattr(group, key, value.to("meta"))
 
-# %% ../nbs/07a_stream.ipynb #29984258
+# %% ../nbs/07a_stream.ipynb #80a87cf3
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     "The fit of all layers on disk: what `compress_layer` finishes."
@@ -191,12 +191,12 @@ class Prepared:
         for projections in projection_groups(config):
             group = make_group(group_weights(experts, projections))
             for file in self.group_folder(name, projections).glob("*.safetensors"):
-                for key, value in load_file(file, device=str(group.X_Emd.device)).items(): setattr(group, key, value)
+                for key, value in read_tensors(file, group.X_Emd.device).items(): setattr(group, key, value)
             group.ranks_E = torch.tensor(self.ranks[name][projections[0]], device=group.X_Emd.device)
             cores |= zip(projections, pack_group(group))
         return cores, read_record(self.folder, self.indices[name], experts.down_proj.device) if config.refine_steps else None, self.found[name]["unseen"]
 
-# %% ../nbs/07a_stream.ipynb #d413eb4a
+# %% ../nbs/07a_stream.ipynb #aa309c0c
 def fit_stored(stream: Stream, config: CompressionConfig, prepared: Prepared, device: torch.device) -> None:
     "`fit_budget` over all layers; notes the ranks in `prepared`."
     groups, folders = {}, {}
@@ -208,10 +208,10 @@ def fit_stored(stream: Stream, config: CompressionConfig, prepared: Prepared, de
             groups[name, projections[0]] = group = make_group(group_weights(experts, projections), moments, read_experts(experts)["down_proj"].mT)
             folders[id(group)] = prepared.group_folder(name, projections)
             shutil.rmtree(folders[id(group)], ignore_errors=True)
-            with on_disk(folders[id(group)], group): pass
+            with on_disk(folders[id(group)], group, device): pass
         release(experts)
     budget = config.ratio * sum(group.X_Emd.numel() for group in groups.values())
-    fit_budget(list(groups.values()), budget, rounds=config.rounds, multiple=config.rank_multiple, visit=lambda group: on_disk(folders[id(group)], group))
+    fit_budget(list(groups.values()), budget, rounds=config.rounds, multiple=config.rank_multiple, visit=lambda group: on_disk(folders[id(group)], group, device))
     for (name, projection), group in groups.items(): prepared.ranks.setdefault(name, {})[projection] = group.ranks_E.tolist()
 
 # %% ../nbs/07a_stream.ipynb #5da5a2d0

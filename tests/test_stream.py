@@ -17,11 +17,12 @@ from moe_nb.tiny import tiny_path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(output, processes=1, **options):
+def command(output, processes=1, name="compress", **options):
     "The command line of a small run"
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if processes > 1 else []
-    flags = dict(dict(model=tiny_path(), output_dir=output, ratio=.25, rounds=2, calibration="none"), **options)
-    return [sys.executable, *launch, "-m", "moe_nb.cli", "compress", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+    defaults = dict(model=tiny_path(), ratio=.25, rounds=2, calibration="none") if name == "compress" else {}
+    flags = {**defaults, "output_dir": output, **options}
+    return [sys.executable, *launch, "-m", "moe_nb.cli", name, *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
 
 
 def start(*args, **options):
@@ -52,6 +53,22 @@ def test_processes_share_the_layers(reference, tmp_path, processes):
     finish(tmp_path / "compressed", processes)
     assert contents(tmp_path / "compressed") == reference
     assert [path.name for path in tmp_path.iterdir()] == ["compressed"]
+
+
+@pytest.mark.slow
+def test_processes_share_an_export(tmp_path):
+    finish(tmp_path / "compressed")
+    finish(tmp_path / "one", name="export", model=tmp_path / "compressed")
+    finish(tmp_path / "two", 2, name="export", model=tmp_path / "compressed")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_processes_share_the_layers_after_calibration(tmp_path):
+    options = dict(calibration="embedded", calibration_tokens=4096, refine_steps=10)
+    finish(tmp_path / "one", **options)
+    finish(tmp_path / "two", 2, **options)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 @pytest.mark.slow
