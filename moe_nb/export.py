@@ -28,7 +28,7 @@ from .shards import (begin_job, complete_job, create_file, file_layout, finish_p
                            runtime_names, tensor_bytes, work_folder, write_at)
 from .shared_core import materialized
 
-# %% ../nbs/08_export.ipynb #55ae5bd0
+# %% ../nbs/08_export.ipynb #465e2e5a
 class Layout(NamedTuple):
     "An export before any of it is written."
     model: nn.Module  # On the meta device, factors in place of the experts
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     shapes: dict[str, dict[str, torch.Tensor]]  # File of the export -> hub name -> meta tensor
     index: dict  # The index of the shards
 
-
+# %% ../nbs/08_export.ipynb #65c4281f
 def stored_tensors(path: Path, weights_format: str) -> dict:
     "Stored name -> lazy tensor of a compressed directory."
     if weights_format == "safetensors": return open_source(path)
@@ -70,7 +70,7 @@ def export_layout(path: Path, dtype: torch.dtype | str | None, max_shard_size: s
     parts = parts_of(runtime_names(model, tensors), compression["modules"])
     return Layout(model, tensors, parts, {file: {name: shapes[name] for name in names} for file, names in shards.filename_to_tensors.items()}, index)
 
-# %% ../nbs/08_export.ipynb #d6644f7e
+# %% ../nbs/08_export.ipynb #32ae7412
 def part_weights(layout: Layout, part: str) -> dict[str, torch.Tensor]:
     "Read one part of the model; returns hub name -> tensor, experts materialised."
     model, modules = layout.model, compressed_experts(layout.model)
@@ -80,7 +80,7 @@ def part_weights(layout: Layout, part: str) -> dict[str, torch.Tensor]:
     release(model)
     return revert_weight_conversion(model, state)
 
-
+# %% ../nbs/08_export.ipynb #12ff1eaa
 def write_part(layout: Layout, part: str, folder: Path, places: dict[str, tuple[str, int]]) -> tuple[list, str]:
     "Write one part of the model to its places in the shards; returns the spans and their digest."
     spans, digest = [], hashlib.sha256()
@@ -93,7 +93,7 @@ def write_part(layout: Layout, part: str, folder: Path, places: dict[str, tuple[
         spans.append((f"{folder.name}/{file}", offset, len(data)))
     return spans, digest.hexdigest()
 
-# %% ../nbs/08_export.ipynb #21f2e54c
+# %% ../nbs/08_export.ipynb #4a3e0da4
 EXPORT_RECORD = "moe_nb_export.json"
 
 
@@ -104,7 +104,7 @@ def begin_export(layout: Layout, compressed: Path, output: Path, options: dict) 
     for file, tensors in layout.shapes.items(): create_file(work / "result" / file, tensors)
     finish_piece(work, "shards", [], {})
 
-
+# %% ../nbs/08_export.ipynb #6c7dbd20
 def finish_export(layout: Layout, folder: Path, compressed: Path, tokenizer) -> None:
     "Write everything but the weights."
     records = folder.parent / "records"  # of their own, since save_pretrained removes shards that it did not write

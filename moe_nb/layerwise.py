@@ -26,13 +26,13 @@ from .experts import find_experts
 from .refine import LayerRecord
 from .shards import finish_piece, finished_piece
 
-# %% ../nbs/06b_layerwise.ipynb #1a8175fb
+# %% ../nbs/06b_layerwise.ipynb #5023d30b
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     "Name -> module of all numbered layers of the list that the experts lie in, in order."
     stem = re.match(r"(.*?)\.\d+\.", next(iter(find_experts(model))))[1]
     return {f"{stem}.{number}": layer for number, layer in model.get_submodule(stem).named_children()}
 
-
+# %% ../nbs/06b_layerwise.ipynb #61837f19
 @contextmanager
 def tapped(layers: dict[str, nn.Module], forward: Callable) -> Iterator[None]:
     "Within the block every layer is computed by `forward(name, hidden_states, *args, **kwargs)`."
@@ -43,7 +43,7 @@ def tapped(layers: dict[str, nn.Module], forward: Callable) -> Iterator[None]:
     finally:
         for layer in layers.values(): layer.__dict__.pop("forward", None)
 
-# %% ../nbs/06b_layerwise.ipynb #76b80d0d
+# %% ../nbs/06b_layerwise.ipynb #028ba1e6
 def layer_calls(model: nn.Module, ids_BL: torch.Tensor) -> tuple[torch.Tensor, dict[str, tuple]]:
     "The input of the first layer, and for every layer the other arguments it is called with."
     calls, first = {}, []
@@ -54,7 +54,7 @@ def layer_calls(model: nn.Module, ids_BL: torch.Tensor) -> tuple[torch.Tensor, d
     with torch.no_grad(), tapped(decoder_layers(model), note): model(ids_BL, use_cache=False, logits_to_keep=1)
     return first[0], calls
 
-
+# %% ../nbs/06b_layerwise.ipynb #c2ab0a30
 def run_layer(layer: nn.Module, hidden_states: torch.Tensor, call: tuple) -> torch.Tensor:
     "Output of one layer; without what some layers return beside it."
     output = layer(hidden_states, *call[0], **call[1])
@@ -70,19 +70,19 @@ def output_gradient(model: nn.Module, ids_BL: torch.Tensor, last: torch.Tensor) 
         F.cross_entropy(logits, ids_BL[:, 1:].flatten(), reduction="sum").backward()
     return last.grad
 
-# %% ../nbs/06b_layerwise.ipynb #1bc83f07
+# %% ../nbs/06b_layerwise.ipynb #fa756198
 def hidden_file(folder: Path, kind: str, layer: int, batch: int) -> Path: return folder / f"{kind}-{layer}" / f"{batch}.safetensors"
 
-
+# %% ../nbs/06b_layerwise.ipynb #2c819fa9
 def put(path: Path, value: torch.Tensor) -> None: write_tensors(path, {"value": value})
 
-
+# %% ../nbs/06b_layerwise.ipynb #07e1e4ef
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]: return {name: value.to(device) for name, value in load_file(path).items()}
 
-
+# %% ../nbs/06b_layerwise.ipynb #af80f38b
 def get(path: Path, device: str | torch.device) -> torch.Tensor: return read_tensors(path, device)["value"]
 
-
+# %% ../nbs/06b_layerwise.ipynb #b48fe921
 @contextmanager
 def watched(layer: nn.Module, before: Callable, after: Callable) -> Iterator[None]:
     "Within the block `before(experts, args)` and `after(experts, args, output)` are called for the experts of `layer`, if it has any."
@@ -151,19 +151,19 @@ def layerwise_moments(model: nn.Module,  # Its layers may be empty; everything e
         if found[name]: found[name]["sensitivity"] = mean_sensitivity([total / count for total, count in zip(squares, tokens)], found[name]["tokens"])
     return found
 
-# %% ../nbs/06b_layerwise.ipynb #ded11fa6
+# %% ../nbs/06b_layerwise.ipynb #275028f2
 def mean_sensitivity(values: list[float], tokens: list[float]) -> float:
     "Of both halves, weighted by the tokens of the experts, with the rounding of `Moments.__add__`."
     if len(values) == 1: return values[0]
     first, second = torch.tensor(tokens)
     return ((values[0] * first + values[1] * second) / (first + second)).item()
 
-
+# %% ../nbs/06b_layerwise.ipynb #9c5f8024
 def read_moments(folder: Path, index: int, found: dict, device: str | torch.device = "cpu") -> Moments:
     "Moments of a layer from its file and what `layerwise_moments` says of it."
     return Moments(**read_tensors(folder / f"moments-{index}.safetensors", device), sensitivity=found["sensitivity"], prior_tokens=found["prior_tokens"])
 
-
+# %% ../nbs/06b_layerwise.ipynb #bdaaa2e5
 def read_record(folder: Path, index: int, device: str | torch.device = "cpu") -> LayerRecord:
     "Record of the calls of a layer's experts from its file."
     return LayerRecord(**read_tensors(folder / f"record-{index}.safetensors", device))

@@ -25,7 +25,7 @@ from .compress import CompressionConfig, check_work, group_weights, projection_g
 from .fit import directions_to_find, fit_operations, make_group
 from .layerwise import decoder_layers
 
-# %% ../nbs/07b_plan.ipynb #1bb802b1
+# %% ../nbs/07b_plan.ipynb #7a7bce24
 def described_model(source: str | Path) -> nn.Module:
     "The model that `config.json` of a directory or hub id describes, without weights."
     config = AutoConfig.from_pretrained(source)
@@ -33,17 +33,17 @@ def described_model(source: str | Path) -> nn.Module:
     model.tie_weights()
     return model
 
-
+# %% ../nbs/07b_plan.ipynb #670b6abc
 def source_bytes(source: str | Path, model: nn.Module) -> int:
     "Bytes of the weights: as the index says, else as many as the parameters take."
     index = cached_file(str(source), INDEXES["safetensors"], _raise_exceptions_for_missing_entries=False)
     metadata = json.loads(Path(index).read_text()).get("metadata", {}) if index else {}
     return metadata.get("total_size") or layer_bytes(model)
 
-
+# %% ../nbs/07b_plan.ipynb #b8d3cede
 def layer_bytes(module: nn.Module) -> int: return sum(p.numel() * p.element_size() for p in module.parameters())
 
-# %% ../nbs/07b_plan.ipynb #91acf6da
+# %% ../nbs/07b_plan.ipynb #d7476e0e
 LIBRARIES = 5e8  # Bytes of a process that has loaded everything but a model
 
 
@@ -53,7 +53,7 @@ def peak_bytes(experts: dict[str, nn.Module], calibrated: bool) -> float:
     E, d, f = largest.down_proj.shape
     return LIBRARIES + 4 * layer_bytes(largest) + (3 * 4 * E * (d * d + 5 * f * f) if calibrated else 0)
 
-
+# %% ../nbs/07b_plan.ipynb #90b04f8d
 def operations(experts: dict[str, nn.Module], config: CompressionConfig, calibrated: bool) -> float:
     "Floating-point operations of all fits under a budget."
     total = 0.

@@ -83,7 +83,7 @@ def open_source(folder: Path) -> dict[str, LazyTensor]:
         tensors |= {name: LazyTensor.of(opened, name) for name in expected or opened.keys()}
     return tensors
 
-# %% ../nbs/06a_shards.ipynb #6980595b
+# %% ../nbs/06a_shards.ipynb #403a1e5c
 def file_identity(path: Path, samples: int = 16, length: int = 4096) -> str:
     "Hash over size, beginning and evenly spaced samples of a file."
     digest, size = hashlib.sha256(), path.stat().st_size
@@ -93,7 +93,7 @@ def file_identity(path: Path, samples: int = 16, length: int = 4096) -> str:
             digest.update(file.read(length))
     return f"{size} bytes, {digest.hexdigest()[:16]}"
 
-
+# %% ../nbs/06a_shards.ipynb #fee4da92
 def source_identity(folder: Path) -> dict[str, str]:
     "File -> identity, for the configuration and all weights."
     names = ["config.json", *weight_files(folder)]
@@ -129,7 +129,7 @@ def empty_model(folder: Path, tensors: dict) -> nn.Module:
     if (folder / "generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
-# %% ../nbs/06a_shards.ipynb #9d4de6eb
+# %% ../nbs/06a_shards.ipynb #3bd54a25
 def runtime_names(model: nn.Module, names) -> dict[str, str]:
     "Name in the checkpoint -> name of the parameter or buffer of `model` that it is part of; those that no one loads are left out."
     conversions, state, prefix = get_model_conversion_mapping(model), model.state_dict(), model.base_model_prefix
@@ -139,7 +139,7 @@ def runtime_names(model: nn.Module, names) -> dict[str, str]:
     found = {name: new if new in state or name not in state else renamed(name, [], []) for name, new in found.items()}
     return {name: new for name, new in found.items() if new in state}
 
-
+# %% ../nbs/06a_shards.ipynb #7e548143
 def part_of(name: str, modules) -> str:
     """The part of the model that a parameter belongs to.
 
@@ -148,7 +148,7 @@ def part_of(name: str, modules) -> str:
     """
     return next((module for module in modules if name.startswith(module + ".")), re.sub(r"(\.\d+)\..*", r"\1", name))
 
-
+# %% ../nbs/06a_shards.ipynb #9cd0b8bc
 def parts_of(names: dict[str, str],  # Of `runtime_names`
              modules  # Names of submodules that are parts of their own
             ) -> dict[str, list[str]]:
@@ -180,7 +180,7 @@ def file_layout(tensors: dict  # Name -> tensor, which may be on the meta device
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in order}
 
-# %% ../nbs/06a_shards.ipynb #46784b16
+# %% ../nbs/06a_shards.ipynb #634e7d7f
 def create_file(path: Path, tensors: dict) -> dict[str, int]:
     "Make a safetensors file of full size for `tensors` (shapes are enough), still without their data; returns their offsets."
     header, offsets = file_layout(tensors)
@@ -191,12 +191,12 @@ def create_file(path: Path, tensors: dict) -> dict[str, int]:
         except OSError as error: raise OSError(f"{path} could not be written: {error.strerror}") from None
     return offsets
 
-
+# %% ../nbs/06a_shards.ipynb #a6f341bb
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     "The data of `tensor` as it is stored."
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
-
+# %% ../nbs/06a_shards.ipynb #4dad7971
 def write_at(path: Path, offset: int, data: memoryview) -> None:
     "Write `data` at `offset` of the file at `path`."
     with open(path, "r+b") as file:
@@ -212,7 +212,7 @@ def copy_tensor(source: LazyTensor, path: Path, offset: int, dtype: torch.dtype,
     step = max(1, most // row)
     for start in range(0, shape[0], step): write_at(path, offset + start * row * dtype.itemsize, tensor_bytes(source[start:min(start + step, shape[0])].to(dtype)))
 
-# %% ../nbs/06a_shards.ipynb #f947c562
+# %% ../nbs/06a_shards.ipynb #91e90dbb
 JOB = "job.json"
 
 
@@ -221,7 +221,7 @@ def work_folder(output: Path) -> Path:
     output = Path(os.path.abspath(output))
     return output.parent / f".{output.name}.partial"
 
-
+# %% ../nbs/06a_shards.ipynb #12a9c0d5
 def replace_text(path: Path, text: str) -> None:
     "Write a file that is there completely or not at all, even after a crash."
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -230,7 +230,7 @@ def replace_text(path: Path, text: str) -> None:
     temporary.rename(path)
     sync(path.parent)
 
-# %% ../nbs/06a_shards.ipynb #d04f8df7
+# %% ../nbs/06a_shards.ipynb #2e9116ab
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
     """What changed between two nested dictionaries, one line each.
 
@@ -244,7 +244,7 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
         elif old != new: lines.append(f"{prefix}{key}: was {old}, is {new}")
     return lines
 
-
+# %% ../nbs/06a_shards.ipynb #38942fa8
 def start_job(folder: Path, job: dict) -> None:
     "Begin `job` in `folder`, or go on with it; a folder that holds another job raises, and says what differs."
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def start_job(folder: Path, job: dict) -> None:
     changed = differences(json.loads((folder / JOB).read_text()), job)
     if changed: raise ValueError(f"{folder} holds an unfinished run of another kind ({'; '.join(changed)}); go on with the old settings, or delete it")
 
-# %% ../nbs/06a_shards.ipynb #dfe1ff61
+# %% ../nbs/06a_shards.ipynb #4a500f5d
 def begin_job(output: Path, job: dict) -> Path:
     "The work folder of `output`, with a folder `result` that will become it; begun, or to be gone on with."
     work = work_folder(output)
@@ -262,21 +262,21 @@ def begin_job(output: Path, job: dict) -> Path:
     start_job(work, job)
     return work
 
-
+# %% ../nbs/06a_shards.ipynb #535ca7ee
 def complete_job(output: Path) -> None:
     "Put the result of the work for `output` in its place."
     install_directory(work_folder(output) / "result", output)
     shutil.rmtree(work_folder(output))
 
-
+# %% ../nbs/06a_shards.ipynb #ae0b4220
 def processes() -> PartialState:
     "The processes that share the work: those of `accelerate launch`, or this one alone."
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
-# %% ../nbs/06a_shards.ipynb #5bfb2688
+# %% ../nbs/06a_shards.ipynb #24106bdc
 def record_path(folder: Path, piece: str) -> Path: return folder / "journal" / f"{piece}.json"
 
-
+# %% ../nbs/06a_shards.ipynb #f7928eef
 def spans_digest(folder: Path, spans: list) -> str:
     "SHA-256 over `(file, start, length)` of files in `folder`; empty where one of them is missing."
     digest = hashlib.sha256()
@@ -287,7 +287,7 @@ def spans_digest(folder: Path, spans: list) -> str:
             for at in range(0, length, 1 << 24): digest.update(file.read(min(1 << 24, length - at)))
     return digest.hexdigest()
 
-
+# %% ../nbs/06a_shards.ipynb #feceedee
 def finish_piece(folder: Path,
                  piece: str,
                  spans: list,  # What was written: `(file, start, length)`
@@ -300,7 +300,7 @@ def finish_piece(folder: Path,
     record_path(folder, piece).parent.mkdir(exist_ok=True)
     replace_text(record_path(folder, piece), json.dumps(dict(record, spans=spans, digest=digest or spans_digest(folder, spans))))
 
-
+# %% ../nbs/06a_shards.ipynb #e4587238
 def finished_piece(folder: Path, piece: str, verify: bool = True) -> dict | None:
     "The record of `piece`; None if it is not done, or (with `verify`) if what it wrote is no longer there."
     if not record_path(folder, piece).is_file(): return None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stream', 'open_stream', 'load_part', 'write_layer', 'compress_layer', 'left_alone', 'rest_shapes', 'copy_rest',
            'as_pickles', 'sample_rest', 'layer_loaded', 'load_aligned', 'on_disk', 'Prepared', 'fit_stored', 'prepare',
-           'finish', 'compress_checkpoint']
+           'read_prepared', 'finish', 'job_of', 'compress_mine', 'compress_checkpoint']
 
 # %% ../nbs/07a_stream.ipynb #4d5d17bc
 import os
@@ -36,7 +36,7 @@ from .shards import (LazyTensor, begin_job, complete_job, copy_tensor, create_fi
                            source_folder, source_identity, tensor_bytes, work_folder, write_at)
 from .shared_core import SharedCore, SharedCoreExperts
 
-# %% ../nbs/07a_stream.ipynb #c0f9ed79
+# %% ../nbs/07a_stream.ipynb #e6f73390
 class Stream(NamedTuple):
     "A checkpoint to compress: its folder, lazy tensors, the model without weights, and what was noted of it."
     folder: Path
@@ -47,7 +47,7 @@ class Stream(NamedTuple):
     parameters: list[str]  # In the order of the model
     outside: int  # Parameters outside `experts`
 
-
+# %% ../nbs/07a_stream.ipynb #f9e96657
 def open_stream(source: str | Path, config: CompressionConfig, calibrated: bool = False) -> Stream:
     "Open a checkpoint; every check that needs no weights comes here."
     folder = source_folder(source)
@@ -59,12 +59,12 @@ def open_stream(source: str | Path, config: CompressionConfig, calibrated: bool 
     outside = stored_parameters(model) - sum(stored_parameters(module) for module in experts.values())
     return Stream(folder, tensors, model, runtime_names(model, tensors), experts, [name for name, _ in model.named_parameters()], outside)
 
-# %% ../nbs/07a_stream.ipynb #272de89e
+# %% ../nbs/07a_stream.ipynb #c66efa62
 def load_part(stream: Stream, name: str, device: str | torch.device) -> None:
     "Read the weights of one submodule."
     load_tensors(stream.model, {key: stream.tensors[key] for key in parts_of(stream.names, [name])[name]}, str(device))
 
-
+# %% ../nbs/07a_stream.ipynb #44262f80
 def write_layer(stream: Stream, name: str, compressed: SharedCoreExperts, folder: Path, weights_format: str, max_shard_size: str) -> dict[str, str]:
     "Write the factors of one compressed layer below `folder`; returns tensor name -> file, by the names and files of `save_compressed_model`."
     experts, folders, weight_map = stream.model.get_submodule(name), layer_folders(list(stream.experts)), {}
@@ -93,12 +93,12 @@ def compress_layer(stream: Stream, name: str, config: CompressionConfig, folder:
     times.append(time.time())
     return dict(layer=statistics, samples=samples, shapes=factor_shapes(compressed), weight_map=weight_map, seconds=dict(zip(("reading", "fitting", "writing"), (b - a for a, b in zip(times, times[1:])))))
 
-# %% ../nbs/07a_stream.ipynb #c8592098
+# %% ../nbs/07a_stream.ipynb #d83bb0bf
 def left_alone(stream: Stream) -> list[str]:
     "Experts modules that are not to be compressed."
     return [name for name in find_experts(stream.model) if name not in stream.experts]
 
-
+# %% ../nbs/07a_stream.ipynb #dc75bd37
 def rest_shapes(stream: Stream, dtype: str | None) -> dict[str, torch.Tensor]:
     "Name -> meta tensor of all that is not compressed, in the order of `save_compressed_model`."
     alone, ours = left_alone(stream), tuple(f"{name}." for name in (*stream.experts, *left_alone(stream)))
@@ -107,7 +107,7 @@ def rest_shapes(stream: Stream, dtype: str | None) -> dict[str, torch.Tensor]:
     def kept(value): return getattr(torch, dtype) if dtype and value.dtype.is_floating_point else value.dtype
     return {name: torch.empty(sources[name].shape, dtype=kept(sources[name]), device="meta") for name in sorted(sources, key=dot_natural_key)}
 
-# %% ../nbs/07a_stream.ipynb #9bbecfd1
+# %% ../nbs/07a_stream.ipynb #103fb54d
 def copy_rest(stream: Stream, config: CompressionConfig, folder: Path, weights_format: str, max_shard_size: str) -> dict[str, str]:
     "Copy all tensors outside the compressed experts; returns tensor name -> file."
     shapes, places = rest_shapes(stream, config.dtype), {}
@@ -121,7 +121,7 @@ def copy_rest(stream: Stream, config: CompressionConfig, folder: Path, weights_f
         release(stream.model.get_submodule(module))
     return as_pickles(folder, shards.tensor_to_filename) if weights_format == "pt" else shards.tensor_to_filename
 
-
+# %% ../nbs/07a_stream.ipynb #e48177ba
 def as_pickles(folder: Path, weight_map: dict[str, str]) -> dict[str, str]:
     "Replace safetensors files in `folder` by .pt files, one at a time; returns the new map."
     for file in set(weight_map.values()):
@@ -139,7 +139,7 @@ def sample_rest(stream: Stream) -> dict[str, str]:
         release(stream.model)
     return samples
 
-# %% ../nbs/07a_stream.ipynb #9596e123
+# %% ../nbs/07a_stream.ipynb #21eb598b
 @contextmanager
 def layer_loaded(stream: Stream, name: str, config: CompressionConfig, folder: Path, device: torch.device) -> Iterator[None]:
     "A decoder layer with its weights, the experts aligned; aligned ones are kept in `folder`, since every pass needs the same."
@@ -152,7 +152,7 @@ def layer_loaded(stream: Stream, name: str, config: CompressionConfig, folder: P
     try: yield
     finally: release(layer)
 
-
+# %% ../nbs/07a_stream.ipynb #6dc37fa0
 def load_aligned(experts: nn.Module, config: CompressionConfig, path: Path) -> None:
     "Replace the weights of `experts` by the aligned ones in `path`, which is made if it is not there."
     if not path.is_file():
@@ -229,6 +229,12 @@ def prepare(stream: Stream, config: CompressionConfig, calibration: list[torch.T
     fit_stored(stream, config, prepared, device)
     finish_piece(work, "fit", [], {name: getattr(prepared, name) for name in ("indices", "found", "ranks")})
 
+# %% ../nbs/07a_stream.ipynb #2901e23b
+def read_prepared(work: Path) -> Prepared:
+    "What `prepare` left."
+    record = finished_piece(work, "fit")
+    return Prepared(folder=work / "calibration", **{name: record[name] for name in ("indices", "found", "ranks")})
+
 # %% ../nbs/07a_stream.ipynb #fd0e0704
 def finish(stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], work: Path, records: dict, statistics: CompressionStatistics, tokenizer, weights_format: str, max_shard_size: str) -> None:
     "Copy what is not compressed, describe the whole, and make `work / 'result'` a complete compressed directory."
@@ -248,7 +254,25 @@ def finish(stream: Stream, config: CompressionConfig, calibration: list[torch.Te
     if tokenizer is not None: tokenizer.save_pretrained(result)
     write_metadata(result, model.config.quantization_config)
 
-# %% ../nbs/07a_stream.ipynb #07908958
+# %% ../nbs/07a_stream.ipynb #80aa93cf
+def job_of(stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], **options) -> dict:
+    "What makes a run the same run: configuration, source, calibration, options and versions."
+    return dict(config=asdict(config), source=source_identity(stream.folder), options=options, versions=versions(), calibration=samples_digest(str(ids.tolist()) for ids in calibration))
+
+# %% ../nbs/07a_stream.ipynb #fcfd08ca
+def compress_mine(stream: Stream, config: CompressionConfig, work: Path, weights_format: str, max_shard_size: str, prepared: Prepared | None) -> dict[str, dict]:
+    "Compress the layers of this process that are not done; wait for the others; returns the records of all layers."
+    state, folders = processes(), layer_folders(list(stream.experts))
+    mine = list(stream.experts)[state.process_index::state.num_processes]
+    for name in tqdm(mine, desc="compressing", unit="layer") if state.is_main_process else mine:
+        if finished_piece(work, folders[name]): continue
+        record = compress_layer(stream, name, config, work / "result", weights_format, max_shard_size, state.device, prepared)
+        files = [f"result/{file}" for file in sorted(set(record["weight_map"].values()))]
+        finish_piece(work, folders[name], [(file, 0, (work / file).stat().st_size) for file in files], record)
+    state.wait_for_everyone()
+    return {name: finished_piece(work, folders[name], verify=False) for name in stream.experts}
+
+# %% ../nbs/07a_stream.ipynb #892baf5d
 @torch.no_grad()
 def compress_checkpoint(source: str | Path,  # Directory of a checkpoint, or a hub id
                         output: str | Path,  # New directory, or an older one of ours, which is replaced
@@ -257,31 +281,20 @@ def compress_checkpoint(source: str | Path,  # Directory of a checkpoint, or a h
                         *,
                         tokenizer=None,  # Saved with it; None: that of the source
                         weights_format: str = "safetensors",  # Or "pt"
-                        max_shard_size: str = "5GB"  # Of each file of weights that are not experts
+                        max_shard_size: str = "5GB"  # Of each file of weights
                        ) -> CompressionStatistics:
     "Compress a checkpoint layer by layer, with the memory of one layer. A run that was killed is taken up again; several processes share the layers."
-    state, start, output = processes(), time.time(), Path(os.path.abspath(output))
+    state, start, output, calibration = processes(), time.time(), Path(os.path.abspath(output)), list(calibration or [])
     if weights_format not in SUFFIXES: raise ValueError(f"weights_format must be one of {', '.join(SUFFIXES)}; got {weights_format!r}")
     check_output(output, METADATA)
-    calibration, tokenizer = list(calibration or []), tokenizer or find_tokenizer(source)
-    together = config.by_budget and bool(calibration)
-    stream = open_stream(source, config, together)
-    job = dict(config=asdict(config), source=source_identity(stream.folder), options=dict(weights_format=weights_format, max_shard_size=max_shard_size), versions=versions(),
-               calibration=samples_digest(str(ids.tolist()) for ids in calibration))
-    work, folders = work_folder(output), layer_folders(list(stream.experts))
+    together, work = config.by_budget and bool(calibration), work_folder(output)
+    stream, tokenizer = open_stream(source, config, together), tokenizer or find_tokenizer(source)
     if state.is_main_process:
-        begin_job(output, job)
+        begin_job(output, job_of(stream, config, calibration, weights_format=weights_format, max_shard_size=max_shard_size))
         if together: prepare(stream, config, calibration, work, state.device)
     state.wait_for_everyone()
-    prepared = Prepared(folder=work / "calibration", **{name: value for name, value in finished_piece(work, "fit").items() if name in ("indices", "found", "ranks")}) if together else None
-    mine = list(stream.experts)[state.process_index::state.num_processes]
-    for name in tqdm(mine, desc="compressing", unit="layer") if state.is_main_process else mine:
-        if finished_piece(work, folders[name]): continue
-        record = compress_layer(stream, name, config, work / "result", weights_format, max_shard_size, state.device, prepared)
-        files = [f"result/{file}" for file in sorted(set(record["weight_map"].values()))]
-        finish_piece(work, folders[name], [(file, 0, (work / file).stat().st_size) for file in files], record)
-    state.wait_for_everyone()
-    records = {name: finished_piece(work, folders[name], verify=False) for name in stream.experts}
+    records = compress_mine(stream, config, work, weights_format, max_shard_size, read_prepared(work) if together else None)
+    folders = layer_folders(list(stream.experts))
     statistics = summarize(stream.outside, {folders[name]: record["layer"] for name, record in records.items()}, time.time() - start)
     state.wait_for_everyone()
     if state.is_main_process:
