@@ -4,8 +4,9 @@ from moe_nb.checkpoint import load_compressed_model, save_compressed_model
 from moe_nb.compress import CompressionConfig, CompressionStatistics, compress_model
 from moe_nb.evaluate import evaluate_model, perplexity
 from moe_nb.export import export_to_hf_format
+from moe_nb.stream import compress_checkpoint
 from moe_nb.tiny import load_tiny, tiny_path, tiny_text
 
 __version__ = "0.1.0"
-__all__ = ["CompressionConfig", "CompressionStatistics", "compress_model", "evaluate_model", "export_to_hf_format", "load_compressed_model",
+__all__ = ["CompressionConfig", "CompressionStatistics", "compress_checkpoint", "compress_model", "evaluate_model", "export_to_hf_format", "load_compressed_model",
            "load_tiny", "perplexity", "read_texts", "save_compressed_model", "self_sequences", "tiny_path", "tiny_text", "token_sequences"]

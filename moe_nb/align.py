@@ -12,28 +12,28 @@ from torch import nn
 
 from .experts import PROJECTIONS, read_experts, write_experts
 
-# %% ../nbs/04a_align.ipynb #d0d06184
+# %% ../nbs/04a_align.ipynb #862a6f13
 def match(reference_3fd: torch.Tensor, neurons_3fd: torch.Tensor, flips: bool = True) -> torch.Tensor:
     "`neurons_3fd` (gate, up, down rows) in the order, and with `flips` the signs of up and down, that agree best with `reference_3fd`."
-    gate_ff, up_ff, down_ff = reference_3fd @ neurons_3fd.mT
+    gate_ff, up_ff, down_ff = reference_3fd.float() @ neurons_3fd.float().mT
     both_ff = up_ff + down_ff
     order = torch.as_tensor(linear_sum_assignment((gate_ff + (both_ff.abs() if flips else both_ff)).cpu(), maximize=True)[1], device=neurons_3fd.device)
     matched_3fd = neurons_3fd[:, order]
     if flips: matched_3fd[1:] *= torch.where(both_ff.gather(1, order[:, None]) < 0, -1., 1.).to(neurons_3fd)
     return matched_3fd
 
-# %% ../nbs/04a_align.ipynb #685cea43
+# %% ../nbs/04a_align.ipynb #229968cd
 def align_neurons(neurons_E3fd: torch.Tensor, flips: bool = True, rounds: int = 8) -> torch.Tensor:
     "All experts, each matched to the mean of the others (generalised Procrustes, Gower 1975, over signed permutations)."
-    aligned_E3fd, total_3fd = neurons_E3fd.clone(), neurons_E3fd[0].clone()
+    aligned_E3fd, total_3fd = neurons_E3fd.clone(), neurons_E3fd[0].float()
     for round in range(rounds):
         moved = False
         for e, neurons_3fd in enumerate(aligned_E3fd):
             if round == 0 and e == 0: continue
-            others_3fd = total_3fd if round == 0 else total_3fd - neurons_3fd
+            others_3fd = total_3fd if round == 0 else total_3fd - neurons_3fd.float()
             matched_3fd = match(others_3fd, neurons_3fd, flips)
             moved = moved or not torch.equal(matched_3fd, neurons_3fd)
-            total_3fd, aligned_E3fd[e] = others_3fd + matched_3fd, matched_3fd
+            total_3fd, aligned_E3fd[e] = others_3fd + matched_3fd.float(), matched_3fd
         if not moved: break
     return aligned_E3fd
 
@@ -44,11 +44,12 @@ def is_odd_in_up(experts: nn.Module) -> bool:
     both = (experts._apply_gate(torch.cat([gate_pf, sign * up_pf], dim=-1)) for sign in (1, -1))
     return torch.equal(next(both), -next(both))
 
-# %% ../nbs/04a_align.ipynb #47a7653d
+# %% ../nbs/04a_align.ipynb #4e126442
 @torch.no_grad()
-def align_experts(experts: nn.Module) -> float:
+def align_experts(experts: nn.Module, rounds: int = 8) -> float:
     "Align the experts of one layer in place; returns the share of their energy that their mean explains (1 / E if they are unrelated)."
     gate_Efd, up_Efd, down_Edf = read_experts(experts).values()
-    aligned_E3fd = align_neurons(torch.stack([gate_Efd, up_Efd, down_Edf.mT], dim=1).float(), is_odd_in_up(experts))
+    aligned_E3fd = align_neurons(torch.stack([gate_Efd, up_Efd, down_Edf.mT], dim=1), is_odd_in_up(experts), rounds)
     write_experts(experts, dict(zip(PROJECTIONS, (*aligned_E3fd[:, :2].unbind(1), aligned_E3fd[:, 2].mT))))
-    return (aligned_E3fd.mean(0).square().sum() / aligned_E3fd.square().sum((1, 2, 3)).mean()).item()
+    energy = sum(neurons_3fd.float().square().sum() for neurons_3fd in aligned_E3fd) / len(aligned_E3fd)
+    return (aligned_E3fd.mean(0, dtype=torch.float32).square().sum() / energy).item()

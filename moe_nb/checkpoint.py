@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'METHOD', 'METADATA', 'SUFFIXES', 'INDEXES', 'SharedCoreConfig', 'compressed_experts',
-           'factor_shapes', 'empty_experts', 'set_conversions_aside', 'align', 'SharedCoreQuantizer', 'mark_compressed',
-           'layer_folders', 'split_state', 'check_output', 'sync', 'atomic_directory', 'sha256', 'write_tensors',
-           'save_compressed_model', 'write_model_files', 'write_metadata', 'read_metadata', 'verify_directory',
-           'load_compressed_model', 'is_compressed']
+           'factor_shapes', 'empty_experts', 'set_conversions_aside', 'align_tensors', 'SharedCoreQuantizer',
+           'mark_compressed', 'layer_folders', 'split_state', 'check_output', 'sync', 'install_directory',
+           'atomic_directory', 'sha256', 'write_tensors', 'save_compressed_model', 'write_shards', 'write_records',
+           'write_model_files', 'write_metadata', 'read_metadata', 'verify_directory', 'offload_as_one',
+           'load_compressed_model', 'find_tokenizer', 'is_compressed']
 
-# %% ../nbs/06_checkpoint.ipynb #131eca18
+# %% ../nbs/06_checkpoint.ipynb #599d2f4a
 import copy
 import hashlib
 import json
@@ -24,10 +25,13 @@ import accelerate
 import torch
 import transformers
 import yaml
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import PrefixedDataset
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, apply_converters, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -93,12 +97,12 @@ def set_conversions_aside(model: nn.Module) -> None:
     model._weight_conversions = [conversion for conversion in conversions if not serves_experts(conversion)]
 
 # %% ../nbs/06_checkpoint.ipynb #dc2849db
-def align(model: nn.Module) -> None:
+def align_tensors(model: nn.Module) -> None:
     "Move tensors of `model` that are on the CPU to multiples of 64 bytes, where PyTorch puts its own."
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64: tensor.data = tensor.data.clone()
 
-# %% ../nbs/06_checkpoint.ipynb #eb76dbc0
+# %% ../nbs/06_checkpoint.ipynb #7ddc586b
 @register_quantizer(METHOD)
 class SharedCoreQuantizer(HfQuantizer):
     "Builds the compressed experts before `from_pretrained` reads the weights, and turns them back into plain ones on `dequantize`."
@@ -111,13 +115,14 @@ class SharedCoreQuantizer(HfQuantizer):
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized: raise ValueError("from_pretrained loads compressed models, it does not compress: use moe_nb.compress_model")
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if checkpoint_files: checkpoint_files.sort(key=lambda file: file.count(os.sep))  # offloading to disk looks for all files beside the first, so that is not to be in a subfolder
         for name, shapes in self.quantization_config.modules.items():
             model.set_submodule(name, empty_experts(model.get_submodule(name), shapes))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model._all_weight_conversions = None  # the directory was written without them: materialised experts use the model's defaults
-        align(model)
+        align_tensors(model)
         return model
 
     def _dequantize(self, model, dtype=None):
@@ -156,15 +161,16 @@ def layer_folders(names: list[str]) -> dict[str, str]:
     if not all(numbers) or len({n[1] for n in numbers}) < len(names): return {name: f"layer_{i}" for i, name in enumerate(names)}
     return {name: f"layer_{number[1]}" for name, number in zip(names, numbers)}
 
-# %% ../nbs/06_checkpoint.ipynb #45b004c4
+# %% ../nbs/06_checkpoint.ipynb #766733c6
 def split_state(model: nn.Module,
-                state_dict: dict[str, torch.Tensor] | None = None  # Gathered from the shards of a distributed model
+                state_dict: dict[str, torch.Tensor] | None = None,  # In place of the model's own: gathered from the shards of a distributed model, or a part
+                folders: dict[str, str] | None = None  # Of all experts modules, where some are not compressed yet
                ) -> dict[str, dict[str, torch.Tensor]]:
     "File (without suffix) -> tensors, for all persistent tensors of a compressed `model`; tied tensors once, names as `save_pretrained` writes them."
     state = remove_tied_weights_from_state_dict(dict(model.state_dict() if state_dict is None else state_dict), model)
     offloaded = [name for name, tensor in state.items() if tensor.device.type == "meta"]
     if offloaded: raise ValueError(f"{offloaded[0]} is offloaded: load the model on devices that hold it (device_map={{'': 'cpu'}}) before saving")
-    folders = layer_folders(list(compressed_experts(model)))
+    folders = folders or layer_folders(list(compressed_experts(model)))
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         owner = next((module for module in folders if name.startswith(module + ".")), None)
@@ -192,38 +198,50 @@ def sync(*paths: Path) -> None:
         try: os.fsync(handle)
         finally: os.close(handle)
 
-# %% ../nbs/06_checkpoint.ipynb #bfccee2f
+# %% ../nbs/06_checkpoint.ipynb #b5b4c201
+def install_directory(finished: Path, path: Path) -> None:
+    "Flush the directory `finished` to disk and rename it to `path`, in place of what was there; both on one file system."
+    old = path.parent / f".{path.name}.old"
+    if not path.exists() and old.exists(): old.rename(path)  # a process was killed between the two renames
+    shutil.rmtree(old, ignore_errors=True)
+    sync(*finished.rglob("*"), finished)
+    try:
+        if path.exists(): path.rename(old)
+        finished.rename(path)
+        sync(path.parent)
+    finally:
+        if old.exists() and not path.exists(): old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/06_checkpoint.ipynb #3cf49cb4
 @contextmanager
 def atomic_directory(path: str | Path, marker: str):
     "Yield an empty sibling directory of `path`; when the block succeeds it becomes `path` by a rename, else it is removed."
     path = Path(os.path.abspath(path))
     check_output(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.parent / f".{path.name}.{kind}-{os.getpid()}" for kind in ("tmp", "old"))
-    for leftover in (temporary, old): shutil.rmtree(leftover, ignore_errors=True)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        sync(*temporary.rglob("*"), temporary)
-        if path.exists(): path.rename(old)
-        temporary.rename(path)
-        sync(path.parent)
-    finally:
-        if old.exists() and not path.exists(): old.rename(path)
-        for leftover in (temporary, old): shutil.rmtree(leftover, ignore_errors=True)
+        install_directory(temporary, path)
+    finally: shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../nbs/06_checkpoint.ipynb #6dd18f62
 def sha256(path: Path) -> str:
     "Hexadecimal SHA-256 of a file."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/06_checkpoint.ipynb #2ac49e72
+# %% ../nbs/06_checkpoint.ipynb #c595cc2c
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     "Write `tensors` to `path`, as safetensors or, with suffix .pt, by `torch.save`."
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pt": torch.save({name: tensor.clone() for name, tensor in tensors.items()}, path)
-    else: save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        try: save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error: raise OSError(f"{path} could not be written: {error}") from None
 
 # %% ../nbs/06_checkpoint.ipynb #81548541
 def save_compressed_model(model: nn.Module,  # A compressed model
@@ -246,22 +264,31 @@ def save_compressed_model(model: nn.Module,  # A compressed model
         write_metadata(folder, config)
     return Path(path)
 
-# %% ../nbs/06_checkpoint.ipynb #68604cb0
-def write_model_files(model: nn.Module, config: SharedCoreConfig, folder: Path, max_shard_size: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    "Config, generation config, weights, index and the records of the compression, into `folder`."
+# %% ../nbs/06_checkpoint.ipynb #8d046f92
+def write_shards(folder: Path, file: str, tensors: dict[str, torch.Tensor], suffix: str, max_shard_size: str) -> dict[str, str]:
+    "Write `tensors` to `file`, in several parts if they are large; returns tensor name -> file."
+    shards = split_torch_state_dict_into_shards(tensors, filename_pattern=file + "{suffix}" + suffix, max_shard_size=max_shard_size)
+    for shard, names in shards.filename_to_tensors.items(): write_tensors(folder / shard, {name: tensors[name] for name in names})
+    return shards.tensor_to_filename
+
+
+def write_records(model: nn.Module, config: SharedCoreConfig, folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    "Everything but weights, tokenizer and metadata: config, generation config, index and the records of the compression."
     model_config = copy.deepcopy(model.config)
     model_config.dtype, model_config.architectures, model_config.quantization_config = str(model.dtype).split(".")[1], [type(model).__name__], config
     model_config.save_pretrained(folder)
     if model.can_generate(): model.generation_config.save_pretrained(folder)
-    weight_map, suffix = {}, SUFFIXES[config.weights_format]
-    for file, tensors in split_state(model, state_dict).items():
-        shards = split_torch_state_dict_into_shards(tensors, filename_pattern=file + "{suffix}" + suffix, max_shard_size=max_shard_size)
-        for shard, names in shards.filename_to_tensors.items(): write_tensors(folder / shard, {name: tensors[name] for name in names})
-        weight_map |= shards.tensor_to_filename
-    total = sum(tensor.numel() * tensor.element_size() for tensor in (state_dict or model.state_dict()).values())
-    (folder / INDEXES[config.weights_format]).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2))
+    (folder / INDEXES[config.weights_format]).write_text(json.dumps({"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}, indent=2))
     (folder / "compression_config.json").write_text(json.dumps(config.compression, indent=2))
     (folder / "compression_statistics.yaml").write_text(yaml.safe_dump(config.statistics, sort_keys=False))
+
+
+def write_model_files(model: nn.Module, config: SharedCoreConfig, folder: Path, max_shard_size: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    "Weights and records of a compressed model, into `folder`."
+    weight_map = {}
+    for file, tensors in split_state(model, state_dict).items(): weight_map |= write_shards(folder, file, tensors, SUFFIXES[config.weights_format], max_shard_size)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in (state_dict or model.state_dict()).values())
+    write_records(model, config, folder, weight_map, total)
 
 # %% ../nbs/06_checkpoint.ipynb #522774c8
 def write_metadata(folder: Path, config: SharedCoreConfig) -> None:
@@ -304,7 +331,17 @@ def verify_directory(path: str | Path,  # A compressed directory
             raise ValueError(f"{path / name} is not part of the checkpoint and could be loaded in place of it; remove it")
     return metadata
 
-# %% ../nbs/06_checkpoint.ipynb #fedfc8d9
+# %% ../nbs/06_checkpoint.ipynb #abe899fa
+def offload_as_one(model: nn.Module) -> None:
+    "Let accelerate bring in the experts of a layer as a whole, where it keeps their weights elsewhere."
+    for name, experts in compressed_experts(model).items():
+        hook = getattr(next(iter(experts.children())), "_hf_hook", None)
+        if hook is None or not hook.offload: continue
+        weights = PrefixedDataset(hook.weights_map.dataset, f"{name}.")
+        remove_hook_from_module(experts, recurse=True)
+        add_hook_to_module(experts, AlignDevicesHook(execution_device=hook.execution_device, offload=True, weights_map=weights, place_submodules=True))
+
+# %% ../nbs/06_checkpoint.ipynb #c7f5c4ce
 def load_compressed_model(path: str | Path,  # A compressed directory
                           original_model_name: str | None = None,  # Accepted for what a directory lacks; ours lack nothing
                           *,
@@ -325,7 +362,17 @@ def load_compressed_model(path: str | Path,  # A compressed directory
         raise ValueError(f"{path}: a .pt file holds more than tensors and was not executed ({str(error).splitlines()[0]})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]: raise ValueError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:5]}")
+    offload_as_one(model)
     return model.eval()
+
+# %% ../nbs/06_checkpoint.ipynb #921fe3ea
+def find_tokenizer(*sources: str | Path | None):
+    "The tokenizer of the first of `sources` (directories or hub ids) that has one, else None."
+    for source in sources:
+        if source is None: continue
+        try: return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError): pass
+    return None
 
 # %% ../nbs/06_checkpoint.ipynb #adecb6b7
 def is_compressed(path: str | Path) -> bool:

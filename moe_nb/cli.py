@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_sequences', 'CompressArguments', 'compress',
-           'report', 'InspectArguments', 'inspect', 'ExportArguments', 'export', 'distill', 'EvaluateArguments',
-           'evaluate', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
+           'report', 'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export', 'distill',
+           'EvaluateArguments', 'evaluate', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo',
+           'main']
 
-# %% ../nbs/13_cli.ipynb #eadce023
+# %% ../nbs/13_cli.ipynb #33ee9aa2
 import json
 import sys
 import time
@@ -23,13 +24,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
 from .calibrate import read_texts, self_sequences, token_sequences
-from .checkpoint import METADATA, check_output, load_compressed_model, read_metadata, save_compressed_model
+from .checkpoint import METADATA, check_output, find_tokenizer, load_compressed_model, read_metadata, save_compressed_model
 from .compress import CompressionConfig, compress_model
 from .distill import DistillationConfig
 from .distill import distill as run_distillation
 from .evaluate import evaluate_model, perplexity
-from .export import EXPORT_RECORD, export_to_hf_format, find_tokenizer
+from .export import EXPORT_RECORD, export_to_hf_format
+from .plan import check_disk, make_plan, outcome
 from .plots import plot_frontier
+from .shards import processes
+from .stream import compress_checkpoint
 from .tiny import load_tiny, tiny_path, tiny_text
 
 # %% ../nbs/13_cli.ipynb #b7e84aa8
@@ -61,7 +65,7 @@ def text_sequences(tokenizer, source: str, column: str, tokens: int, length: int
     texts = tiny_text("calibration") if source == "embedded" else read_texts(source, column)
     return token_sequences(tokenizer, texts, length=length, limit=max(1, tokens // length))
 
-# %% ../nbs/13_cli.ipynb #949b4db5
+# %% ../nbs/13_cli.ipynb #2b1d6338
 @dataclass(frozen=True, kw_only=True)
 class CompressArguments:
     model: str = field(metadata={"help": "the model to compress: a directory or a hub id"})
@@ -70,21 +74,30 @@ class CompressArguments:
     calibration: str = field(default="embedded", metadata={"help": "what weights the fit: embedded (the documentation of Python), a file (.txt, .md, .jsonl, .json, .parquet), a hub data set (name or name:configuration), self (sampled from the model), or none"})
     calibration_column: str = field(default="text", metadata={"help": "column of the data that holds the text"})
     calibration_tokens: int = field(default=131072, metadata={"help": "most tokens of it that are used, in sequences of 256"})
-    device_map: str = field(default="auto", metadata={"help": "where the model is loaded, as in transformers"})
+    device_map: str | None = field(default=None, metadata={"help": "load the whole model there, as in transformers, in place of working layer by layer; calibration self always does (auto)"})
 
 
 def compress(argv: list[str]) -> None:
     "Compress a Mixture-of-Experts model and save it completely."
     arguments, config = parse(argv, "compress", CompressArguments, CompressionConfig)
     check_output(Path(arguments.output_dir), METADATA)
-    tokenizer = find_tokenizer(arguments.model, None)
+    tokenizer = find_tokenizer(arguments.model)
     sequences = text_sequences(tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=arguments.device_map)
-    if arguments.calibration == "self": sequences = self_sequences(model, limit=max(1, arguments.calibration_tokens // 256), seed=config.seed)
-    model, statistics = compress_model(model, config, sequences)
-    path = save_compressed_model(model, arguments.output_dir, tokenizer, weights_format=arguments.weights_format)
-    print(report(path))
+    planned = None
+    if arguments.device_map is None and arguments.calibration != "self":
+        if config.by_budget:
+            planned = make_plan(arguments.model, config, calibration_tokens=sum(map(len, sequences or [])), device=processes().device)
+            check_disk(planned, arguments.output_dir)
+        statistics = compress_checkpoint(arguments.model, arguments.output_dir, config, sequences, tokenizer=tokenizer, weights_format=arguments.weights_format)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=arguments.device_map or "auto")
+        if arguments.calibration == "self": sequences = self_sequences(model, limit=max(1, arguments.calibration_tokens // 256), seed=config.seed)
+        model, statistics = compress_model(model, config, sequences)
+        save_compressed_model(model, arguments.output_dir, tokenizer, weights_format=arguments.weights_format)
+    if not PartialState().is_main_process: return
+    print(report(arguments.output_dir))
     print(f"\ncompressed in {statistics.seconds:.0f} s")
+    if planned: print(outcome(planned, arguments.output_dir, statistics.seconds))
 
 # %% ../nbs/13_cli.ipynb #8f95b168
 def report(path: str | Path) -> str:
@@ -113,6 +126,19 @@ def inspect(argv: list[str]) -> None:
     arguments, = parse(argv, "inspect", InspectArguments)
     print(report(arguments.model))
 
+# %% ../nbs/13_cli.ipynb #8a2db093
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    model: str = field(metadata={"help": "the model to compress: a directory or a hub id; its config.json is enough"})
+    calibration_tokens: int = field(default=131072, metadata={"help": "tokens of the calibration; 0: none"})
+    num_processes: int = field(default=1, metadata={"help": "processes that share the layers"})
+
+
+def plan(argv: list[str]) -> None:
+    "Say what a compression will take: memory, disk, operations, hours."
+    arguments, config = parse(argv, "plan", PlanArguments, CompressionConfig)
+    print(make_plan(arguments.model, config, processes=arguments.num_processes, calibration_tokens=arguments.calibration_tokens, device=processes().device))
+
 # %% ../nbs/13_cli.ipynb #31090f19
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
@@ -127,14 +153,13 @@ def export(argv: list[str]) -> None:
     arguments, = parse(argv, "export", ExportArguments)
     print(export_to_hf_format(arguments.model, arguments.original_model_name, arguments.output_dir, dtype=arguments.dtype))
 
-# %% ../nbs/13_cli.ipynb #735d97ea
+# %% ../nbs/13_cli.ipynb #d6de0eb1
 def distill(argv: list[str]) -> None:
     "Train a compressed model towards its original."
     config, = parse(argv, "distill", DistillationConfig)
     path = run_distillation(config)
     if not PartialState().is_main_process: return
     print(report(path) if (path / METADATA).is_file() else path)
-
 
 # %% ../nbs/13_cli.ipynb #4760ac41
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +246,8 @@ def demo(argv: list[str]) -> None:
     print("", *(f"{folder / name}" for name in ("compressed", "exported", "frontier.png", "results.json")), sep="\n")
     print(NEXT_STEPS, f"\ndemo finished in {time.time() - start:.0f} s", sep="\n")
 
-# %% ../nbs/13_cli.ipynb #5404d482
-COMMANDS: dict[str, Callable] = dict(compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, export=export, demo=demo)
+# %% ../nbs/13_cli.ipynb #e2e4f5e2
+COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, export=export, demo=demo)
 USAGE = "usage: moe-nb COMMAND [flags]\n\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()) + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
 
 

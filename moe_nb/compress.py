@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CompressionConfig', 'selected_experts', 'check_finite', 'projection_groups', 'group_weights', 'rank_for',
-           'budget_groups', 'check_work', 'fit_ranks', 'align_layers', 'fit_ratio', 'compressed_layer',
-           'active_parameters', 'stored_parameters', 'CompressionStatistics', 'summarize', 'fingerprint',
-           'experts_per_token', 'compress_model']
+           'budget_groups', 'check_work', 'fit_rank', 'align_layer', 'fit_layer', 'fit_model', 'compressed_layer',
+           'active_parameters', 'stored_parameters', 'layer_record', 'CompressionStatistics', 'summarize', 'versions',
+           'compression_record', 'stored_statistics', 'sample', 'samples_digest', 'fingerprint', 'experts_per_token',
+           'compress_model']
 
 # %% ../nbs/07_compress.ipynb #39d35b02
 import hashlib
@@ -113,9 +114,9 @@ def budget_groups(groups: list, calibrated: bool) -> list[list]:
     """
     return [groups] if calibrated else [[group] for group in groups]
 
-# %% ../nbs/07_compress.ipynb #a1f29053
+# %% ../nbs/07_compress.ipynb #82f36393
 def check_work(experts: dict[str, nn.Module], config: CompressionConfig, calibrated: bool) -> None:
-    "Every check that can be made before the first fit: layouts, ranks or budget, finite weights."
+    "Every check that needs no more than the shapes: layouts, ranks or budget."
     sizes = []
     for module in experts.values():
         check_layout(module)
@@ -126,46 +127,53 @@ def check_work(experts: dict[str, nn.Module], config: CompressionConfig, calibra
     if config.by_budget:
         smallest, original = max((tuple(map(sum, zip(*pot))) for pot in budget_groups(sizes, calibrated)), key=lambda pot: pot[0] / pot[1])
         check_budget(config.ratio * original, smallest, original)
-    check_finite(experts)
 
-# %% ../nbs/07_compress.ipynb #f745b221
-def fit_ranks(experts: dict[str, nn.Module], config: CompressionConfig) -> dict[str, dict[str, SharedCore]]:
-    "Experts module -> projection -> factors, every wrapper of the same rank."
+# %% ../nbs/07_compress.ipynb #e835d130
+def fit_rank(experts: nn.Module, config: CompressionConfig) -> dict[str, SharedCore]:
+    "Projection -> factors of one layer, every wrapper of the same rank."
     fitted = {}
-    for name, module in tqdm(experts.items(), desc="fitting", unit="layer"):
-        fitted[name] = {}
-        for projection, in projection_groups(config):
-            X_BEfd = group_weights(module, [projection])
-            rank = rank_for(Sizes(*X_BEfd.shape), config)
-            if config.method == "adam": core, = fit_adam(X_BEfd, rank=rank, steps=config.steps, lr=config.lr, seed=config.seed)
-            else: core, = fit_closed_form(X_BEfd, narrow_rank=rank, wide_rank=rank, rounds=config.rounds)
-            fitted[name][projection] = core
+    for projection, in projection_groups(config):
+        X_BEfd = group_weights(experts, [projection])
+        rank = rank_for(Sizes(*X_BEfd.shape), config)
+        if config.method == "adam": fitted[projection], = fit_adam(X_BEfd, rank=rank, steps=config.steps, lr=config.lr, seed=config.seed)
+        else: fitted[projection], = fit_closed_form(X_BEfd, narrow_rank=rank, wide_rank=rank, rounds=config.rounds)
     return fitted
 
-# %% ../nbs/07_compress.ipynb #25173e3f
-def align_layers(experts: dict[str, nn.Module], config: CompressionConfig) -> None:
-    "Align the experts of each layer in place; their function stays the same. Only where all projections are compressed."
-    widths = [module.down_proj.shape[-1] for module in experts.values()]
-    if len(set(config.projections)) < len(PROJECTIONS) or max(widths) > config.align_width: return
-    for module in tqdm(experts.values(), desc="aligning", unit="layer", leave=False): align_experts(module)
+# %% ../nbs/07_compress.ipynb #55eef088
+def align_layer(experts: nn.Module, config: CompressionConfig) -> None:
+    "Align the experts of a layer in place, wide ones in one round; their function stays the same. Only where all projections are compressed."
+    width = experts.down_proj.shape[-1]
+    if len(set(config.projections)) == len(PROJECTIONS) and width <= config.align_width: align_experts(experts, rounds=8 if width <= 256 else 1)
 
-# %% ../nbs/07_compress.ipynb #38eaa83d
+# %% ../nbs/07_compress.ipynb #d8b4a5ec
+def fit_layer(experts: nn.Module, config: CompressionConfig) -> dict[str, SharedCore]:
+    "Projection -> factors of one layer, from its weights alone. Under a budget the neurons are aligned in place."
+    if not config.by_budget: return fit_rank(experts, config)
+    with torch.no_grad():
+        align_layer(experts, config)
+        fitted = {}
+        for projections in projection_groups(config):
+            group = make_group(group_weights(experts, projections))
+            fit_budget([group], config.ratio * group.X_Emd.numel(), rounds=config.rounds, multiple=config.rank_multiple)
+            fitted |= zip(projections, pack_group(group))
+        return fitted
+
+# %% ../nbs/07_compress.ipynb #2ee53ca6
 @torch.no_grad()
-def fit_ratio(model: nn.Module,
+def fit_model(model: nn.Module,
               experts: dict[str, nn.Module],
               config: CompressionConfig,
               calibration: list[torch.Tensor]
              ) -> tuple[dict[str, dict[str, SharedCore]], dict[str, list[int]]]:
     "Experts module -> projection -> factors under the common budget of `config.ratio`; and the experts that no calibration token reached."
-    align_layers(experts, config)
-    with torch.enable_grad(): moments = calibrate(model, calibration) if calibration else {}
-    groups = {(name, *group): make_group(group_weights(module, group), moments.get(name), read_experts(module)["down_proj"].mT)
+    for module in tqdm(experts.values(), desc="aligning", unit="layer", leave=False): align_layer(module, config)
+    with torch.enable_grad(): moments = calibrate(model, calibration)
+    groups = {(name, *group): make_group(group_weights(module, group), moments[name], read_experts(module)["down_proj"].mT)
               for name, module in experts.items() for group in projection_groups(config)}
-    for pot in budget_groups(list(groups.values()), bool(moments)):
-        fit_budget(pot, config.ratio * sum(group.X_Emd.numel() for group in pot), rounds=config.rounds, multiple=config.rank_multiple)
+    fit_budget(list(groups.values()), config.ratio * sum(group.X_Emd.numel() for group in groups.values()), rounds=config.rounds, multiple=config.rank_multiple)
     fitted = {name: {} for name in experts}
     for (name, *projections), group in groups.items(): fitted[name] |= zip(projections, pack_group(group))
-    return fitted, {name: torch.where(moments[name].tokens == 0)[0].tolist() for name in experts if moments}
+    return fitted, {name: torch.where(moments[name].tokens == 0)[0].tolist() for name in experts}
 
 # %% ../nbs/07_compress.ipynb #00971d3f
 @torch.no_grad()
@@ -191,6 +199,13 @@ def stored_parameters(module: nn.Module) -> int:
     integers = sum(buffer.numel() for experts in compressed_experts(module).values() for buffer in experts.buffers())
     return sum(p.numel() for p in module.parameters()) + integers
 
+# %% ../nbs/07_compress.ipynb #31ac9885
+def layer_record(name: str, original: nn.Module, compressed: SharedCoreExperts, top_k: int, errors: dict, unseen: list[int]) -> dict:
+    "What the statistics say of one layer."
+    counts = stored_parameters(original), sum(tensor.numel() for tensor in compressed.state_dict().values())
+    return dict(module=name, params_original=counts[0], params_compressed=counts[1], compression_ratio=counts[1] / counts[0],
+                active_params_original=active_parameters(original, top_k), active_params_compressed=active_parameters(compressed, top_k), **errors, experts_without_tokens=unseen)
+
 # %% ../nbs/07_compress.ipynb #36b7fe79
 @dataclass(frozen=True, kw_only=True)
 class CompressionStatistics:
@@ -214,10 +229,11 @@ class CompressionStatistics:
         "Write as YAML."
         Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
 
-# %% ../nbs/07_compress.ipynb #4922583e
-def summarize(total: tuple[int, int], active: tuple[int, int], layers: dict, seconds: float) -> CompressionStatistics:
-    "Statistics from `(original, compressed)` counts of the whole model and the records of its compressed layers."
-    experts = [sum(layer[key] for layer in layers.values()) for key in ("params_original", "params_compressed")]
+# %% ../nbs/07_compress.ipynb #93534082
+def summarize(outside: int, layers: dict, seconds: float) -> CompressionStatistics:
+    "Statistics from the number of parameters outside the compressed layers and the records of these layers."
+    experts, active = ([sum(layer[f"{kind}_{state}"] for layer in layers.values()) for state in ("original", "compressed")] for kind in ("params", "active_params"))
+    total, active = ([outside + count for count in counts] for counts in (experts, active))
     errors = [error for layer in layers.values() for error in layer["relative_error"].values()]
     return CompressionStatistics(
         total_params_original=total[0], total_params_compressed=total[1], total_compression_ratio=total[1] / total[0], total_reduction_percent=100 * (1 - total[1] / total[0]),
@@ -225,15 +241,37 @@ def summarize(total: tuple[int, int], active: tuple[int, int], layers: dict, sec
         expert_params_original=experts[0], expert_params_compressed=experts[1], expert_compression_ratio=experts[1] / experts[0],
         mean_relative_error=sum(errors) / len(errors), seconds=seconds, layers=layers)
 
-# %% ../nbs/07_compress.ipynb #9c9836ac
-def fingerprint(model: nn.Module) -> str:
-    "SHA-256 over name, shape and 16 evenly spaced values, rounded to bf16, of every parameter: identifies the source model, in whichever type it was loaded, without reading all of it."
+# %% ../nbs/07_compress.ipynb #8c32391c
+def versions() -> dict[str, str]: return {package.__name__: package.__version__ for package in (moe_nb, torch, transformers)}
+
+
+def compression_record(model: nn.Module, config: CompressionConfig, calibration: list[torch.Tensor], source: str) -> dict:
+    "How `model` was compressed: what `compression_config.json` holds."
+    return dict(config=asdict(config), calibration_tokens=sum(map(len, calibration)), source=dict(model=model.config._name_or_path, fingerprint=source), versions=versions())
+
+
+def stored_statistics(statistics: CompressionStatistics) -> dict:
+    "What `compression_statistics.yaml` holds."
+    return {name: value for name, value in asdict(statistics).items() if name != "seconds"}
+
+# %% ../nbs/07_compress.ipynb #859f6c48
+def sample(name: str, parameter: torch.Tensor) -> str:
+    "Name, shape and 16 evenly spaced values, rounded to bf16, of a parameter."
+    flat = parameter.detach().flatten()
+    values = flat[torch.arange(16, device=flat.device) * (len(flat) - 1) // 15].bfloat16().tolist()
+    return f"{name} {tuple(parameter.shape)} {values}"
+
+
+def samples_digest(samples: Iterable[str]) -> str:
+    "SHA-256 over the samples of all parameters, in the order of the model."
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[torch.arange(16, device=flat.device) * (len(flat) - 1) // 15].bfloat16().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {sample}".encode())
+    for text in samples: digest.update(text.encode())
     return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    "Identifies a model, in whichever type it was loaded, without reading all of it."
+    return samples_digest(sample(*item) for item in model.named_parameters())
 
 # %% ../nbs/07_compress.ipynb #53f5dce7
 def experts_per_token(model: nn.Module) -> int:
@@ -242,7 +280,7 @@ def experts_per_token(model: nn.Module) -> int:
     names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
     return next((k for k in (getattr(config, name, None) for name in names) if k is not None), 1)
 
-# %% ../nbs/07_compress.ipynb #52049763
+# %% ../nbs/07_compress.ipynb #f6f984c5
 @torch.no_grad()
 def compress_model(model: nn.Module,  # A transformers MoE; its experts are replaced in place
                    config: CompressionConfig,
@@ -251,20 +289,18 @@ def compress_model(model: nn.Module,  # A transformers MoE; its experts are repl
     "Compress `model`. All checks come first: when one fails, the model is as it was. Deterministic on one machine."
     experts, start, calibration = selected_experts(model, config), time.time(), list(calibration or [])
     check_work(experts, config, bool(calibration))
+    check_finite(experts)
     top_k, source = experts_per_token(model), fingerprint(model)
-    with torch.enable_grad(): fitted, unseen = fit_ratio(model, experts, config, calibration) if config.by_budget else (fit_ranks(experts, config), {})
-    records = record_layers(model, calibration, experts) if config.by_budget and calibration and config.refine_steps else {}
+    together = config.by_budget and bool(calibration)
+    fitted, unseen = fit_model(model, experts, config, calibration) if together else ({}, {})
+    records = record_layers(model, calibration, experts) if together and config.refine_steps else {}
     outside = stored_parameters(model) - sum(stored_parameters(module) for module in experts.values())
-    active, layers, folders = [outside, outside], {}, layer_folders(list(experts))
-    for name, original in tqdm(experts.items(), desc="refining" if records else "packing", unit="layer", leave=False):
-        compressed, errors = compressed_layer(original, fitted.pop(name), records.pop(name, None), config)
+    layers, folders = {}, layer_folders(list(experts))
+    for name, original in tqdm(experts.items(), desc="refining" if records else "packing" if together else "fitting", unit="layer", leave=False):
+        with torch.enable_grad(): cores = fitted.pop(name) if together else fit_layer(original, config)
+        compressed, errors = compressed_layer(original, cores, records.pop(name, None), config)
         model.set_submodule(name, compressed)
-        active = [active[0] + active_parameters(original, top_k), active[1] + active_parameters(compressed, top_k)]
-        counts = stored_parameters(original), sum(tensor.numel() for tensor in compressed.state_dict().values())
-        layers[folders[name]] = dict(module=name, params_original=counts[0], params_compressed=counts[1], compression_ratio=counts[1] / counts[0], **errors, experts_without_tokens=unseen.get(name, []))
-    total = [outside + sum(layer[key] for layer in layers.values()) for key in ("params_original", "params_compressed")]
-    statistics = summarize(total, active, layers, time.time() - start)
+        layers[folders[name]] = layer_record(name, original, compressed, top_k, errors, unseen.get(name, []))
+    statistics = summarize(outside, layers, time.time() - start)
     if config.dtype: model.to(getattr(torch, config.dtype))
-    versions = {package.__name__: package.__version__ for package in (moe_nb, torch, transformers)}
-    record = dict(config=asdict(config), calibration_tokens=sum(map(len, calibration)), source=dict(model=model.config._name_or_path, fingerprint=source), versions=versions)
-    return mark_compressed(model, compression=record, statistics=asdict(statistics)), statistics
+    return mark_compressed(model, compression=compression_record(model, config, calibration, source), statistics=stored_statistics(statistics)), statistics

@@ -156,7 +156,7 @@ def emptied(experts: nn.Module) -> nn.Module:
     shell._parameters = {name: nn.Parameter(torch.empty_like(p, device="meta")) for name, p in experts._parameters.items()}
     return shell
 
-# %% ../nbs/02_shared_core.ipynb #fa164267
+# %% ../nbs/02_shared_core.ipynb #57b9c4fd
 class SharedCoreExperts(nn.Module):
     """Experts of one layer around shared cores; takes the place of `original`, an experts module of transformers.
 
@@ -172,6 +172,7 @@ class SharedCoreExperts(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         "Weighted sum of the chosen experts: `[T, d]`, `[T, K]`, `[T, K]` -> `[T, d]`, in the data type of `hidden_states`."
+        if next(self.parameters()).is_meta and not hidden_states.is_meta: raise ValueError("the experts have no weights here: a model that is partly offloaded is loaded by load_compressed_model")
         token_P, slot_P, counts = sorted_pairs(top_k_index, self.num_experts)
         active = [e for e, count in enumerate(counts) if count] or [0]
         gates, ups, downs = self.gate.experts(chosen=active), self.up.experts(self.gate, active), self.down.experts(chosen=active)
