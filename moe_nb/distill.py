@@ -12,6 +12,7 @@ __all__ = ['RUN', 'DistillationConfig', 'factors', 'training_arguments_of', 'tra
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments, default_data_collator
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.utils import is_bitsandbytes_available
 
 from .calibrate import read_texts, token_sequences
@@ -223,13 +224,13 @@ def stored_targets(config: DistillationConfig):
     return OfflineTargets(config.targets)
 
 
-def global_stage(student: nn.Module, teacher: nn.Module | None, sequences: list[torch.Tensor], tokenizer, config: DistillationConfig) -> DistillationTrainer:
+def global_stage(student: nn.Module, teacher: nn.Module | None, sequences: list[torch.Tensor], tokenizer, config: DistillationConfig, callbacks: Sequence[TrainerCallback] = ()) -> DistillationTrainer:
     "Train all of `student`; a run that was stopped goes on from its newest complete checkpoint."
     targets = stored_targets(config) if config.targets and config.alpha else None
     evaluation = as_rows(sequences_of(config.eval_dataset, tokenizer, config, split="calibration")) if config.eval_dataset else None
     trainer = DistillationTrainer(student, None if targets is not None or not config.alpha else teacher, targets=targets, temperature=config.temperature, alpha=config.alpha,
                                   train=factors(config.train), args=training_arguments(config), train_dataset=as_rows(sequences), eval_dataset=evaluation, data_collator=default_data_collator,
-                                  processing_class=tokenizer, callbacks=[CompressedModelSaveCallback()])
+                                  processing_class=tokenizer, callbacks=[CompressedModelSaveCallback(), *callbacks])
     trainer.train(resume_from_checkpoint=True)
     return trainer
 
@@ -251,7 +252,9 @@ def write_result(model: nn.Module, config: DistillationConfig, tokenizer) -> Non
     with atomic_directory(final, "config.json") as folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder)
 
 # %% ../nbs/09d_distill.ipynb #d1ee6350
-def distill(config: DistillationConfig) -> Path:
+def distill(config: DistillationConfig,
+            callbacks: Sequence[TrainerCallback] = ()  # Of the global stage, beside the one that publishes every checkpoint
+           ) -> Path:
     "Run the stages that `config` asks for, or what is left of them; the directory of the complete result."
     check_run(config)
     arguments, state, output = training_arguments(config), PartialState(), Path(config.output_dir)
@@ -267,7 +270,7 @@ def distill(config: DistillationConfig) -> Path:
     for model in (student.to(arguments.device), teacher):
         if model is not None and not hasattr(model, "hf_device_map"): model.to(arguments.device)
     if blockwise: distill_blocks(student, teacher, sequences, output / "blocks", config)
-    if config.max_steps: trainer = global_stage(student, teacher, sequences, tokenizer, config)
+    if config.max_steps: trainer = global_stage(student, teacher, sequences, tokenizer, config, callbacks)
     if state.is_main_process: write_result(stored_model(result_checkpoint(trainer)) if config.max_steps else student, config, tokenizer)
     state.wait_for_everyone()
     return output / "final"

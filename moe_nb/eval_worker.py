@@ -144,7 +144,7 @@ def worker_environment(config: EvaluationConfig, environment: dict[str, str]) ->
     path = os.pathsep.join(filter(None, [str(Path(str(files("moe_nb"))).parent), kept.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ",".join(map(str, config.gpu_ids)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "TOKENIZERS_PARALLELISM": "false"}
 
-# %% ../nbs/11a_eval_worker.ipynb #849e97e9
+# %% ../nbs/11a_eval_worker.ipynb #43853fc6
 class WorkerError(RuntimeError):
     "An evaluation gave no complete result; the message ends with what it wrote last."
 
@@ -162,7 +162,7 @@ def run_worker(folder: Path, config: EvaluationConfig) -> None:
     with open(folder / "output.txt", "wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=worker_environment(config, dict(os.environ)), process_group=0)
         try:
-            os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + config.nice)
+            os.setpriority(os.PRIO_PROCESS, process.pid, max(os.getpriority(os.PRIO_PROCESS, 0), config.nice))
             process.wait(config.timeout)
         except subprocess.TimeoutExpired: raise WorkerError(f"no result after {config.timeout:g} s") from None
         finally: end_group(process)
