@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['baseline', 'baselines', 'EvaluationFolder', 'score', 'settle', 'quarantine', 'recover', 'admit',
-           'CheckpointEvaluator', 'end_orderly', 'main', 'EvaluationFeedback']
+           'CheckpointEvaluator', 'ending_orderly', 'main', 'EvaluationFeedback']
 
-# %% ../nbs/11b_async_eval.ipynb #fae7057c
+# %% ../nbs/11b_async_eval.ipynb #60346684
 import json
 import logging
-import os
 import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -160,21 +160,26 @@ class CheckpointEvaluator:
                 if subject is None: time.sleep(self.config.poll_interval)
                 else: progress.update(self.process(subject) is None)
 
-# %% ../nbs/11b_async_eval.ipynb #aaefab86
-def end_orderly(*_): raise SystemExit(128 + signal.SIGTERM)
+# %% ../nbs/11b_async_eval.ipynb #e3db51b0
+@contextmanager
+def ending_orderly():
+    "Within the block SIGTERM is an exception, so that what the process started is ended too."
+    def end(*_): raise SystemExit(128 + signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, end)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: list[str]) -> None:
     "`python -m moe_nb.async_eval RUN CONFIGURATION [PARENT]`, the configuration as JSON; with PARENT it ends together with that process."
     if len(argv) > 2: end_with_parent(int(argv[2]))
-    signal.signal(signal.SIGTERM, end_orderly)
-    CheckpointEvaluator(argv[0], EvaluationConfig(**json.loads(argv[1]))).run()
+    with ending_orderly(): CheckpointEvaluator(argv[0], EvaluationConfig(**json.loads(argv[1]))).run()
 
 # %% ../nbs/11b_async_eval.ipynb #269908a3
 #| eval: false
 if __name__ == "__main__": main(sys.argv[1:])
 
-# %% ../nbs/11b_async_eval.ipynb #d0a977b9
+# %% ../nbs/11b_async_eval.ipynb #3dee02c9
 class EvaluationFeedback(TrainerCallback):
     "Protects the best evaluated checkpoint from rotation, and ends a training that `patience` results in a row did not improve."
 
@@ -188,5 +193,5 @@ class EvaluationFeedback(TrainerCallback):
         best, = broadcast_object_list([json.loads(file.read_text()) if state.is_world_process_zero and file.is_file() else None])
         if best is None: return
         checkpoint = Path(args.output_dir) / best["checkpoint"]
-        if args.save_total_limit != 1 and checkpoint.is_dir(): state.best_model_checkpoint, state.best_global_step, state.best_metric = str(checkpoint), best["step"], best["value"]
+        if args.save_total_limit != 1 and args.metric_for_best_model is None and checkpoint.is_dir(): state.best_model_checkpoint, state.best_global_step, state.best_metric = str(checkpoint), best["step"], best["value"]
         if self.patience is not None and best["since"] >= self.patience: control.should_training_stop = True

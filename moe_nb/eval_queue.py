@@ -25,7 +25,7 @@ import pandas as pd
 from .checkpoint import METADATA, is_compressed, sha256, sync, verify_directory
 from .resume import MANIFEST, STATE, checkpoints, publish
 
-# %% ../nbs/11_eval_queue.ipynb #9de5ca51
+# %% ../nbs/11_eval_queue.ipynb #0b5331db
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     "How to evaluate the checkpoints of a run. Also the flags of `moe-nb watch`."
@@ -53,7 +53,7 @@ class EvaluationConfig:
     scorer: str = field(default="moe_nb.eval_worker:lm_eval_scores", metadata={"help": "the function that scores, as module:function"})
 
     def __post_init__(self):
-        if not self.tasks or not all(self.tasks): raise ValueError(f"tasks: expected at least one name; got {self.tasks}")
+        if not self.tasks or not all(self.tasks) or any("," in name for name in self.tasks): raise ValueError(f"tasks: expected one or more names (separated by spaces, not by commas); got {self.tasks}")
         for name, lowest in dict(batch_size=1, limit=1, num_fewshot=0, poll_interval=0, timeout=0, retries=0, backoff=0, memory_limit=0, nice=0).items():
             value = getattr(self, name)
             if value is not None and value < lowest: raise ValueError(f"{name} must be at least {lowest}; got {value}")
