@@ -111,7 +111,7 @@ def admit(folder: EvaluationFolder, entry: Path) -> Candidate | None:
     try: return candidate(entry)
     except (ValueError, KeyError, OSError) as problem: quarantine(folder, entry.name, entry, str(problem))
 
-# %% ../nbs/11b_async_eval.ipynb #da2dd9d8
+# %% ../nbs/11b_async_eval.ipynb #89219f40
 class CheckpointEvaluator:
     "Evaluates what the training in the directory `run` publishes."
 
@@ -146,8 +146,10 @@ class CheckpointEvaluator:
         try: self.folder.find(subject) or self.record(subject)
         except WorkerError as problem:
             self._failed.add(subject)
-            return quarantine(self.folder, Path(subject.model).name if subject.kind == "checkpoint" else subject.kind, Path(subject.model) if subject.kind == "checkpoint" else None, str(problem))
-        settle(self.folder, subject)
+            entry = Path(subject.model) if subject.kind == "checkpoint" else None
+            quarantine(self.folder, entry.name if entry else subject.kind, entry, str(problem))
+            shutil.rmtree(self.folder.work(subject), ignore_errors=True)
+        else: settle(self.folder, subject)
 
     def run(self) -> list[dict]:
         "Evaluate until the training is done and nothing waits; the results."
