@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Watcher', 'watch_in_background']
 
-# %% ../nbs/12a_watch.ipynb #e8040e0f
+# %% ../nbs/12a_watch.ipynb #b86dfa74
 import json
 import os
 import subprocess
@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import display
 from matplotlib.figure import Figure
 
 from .async_eval import EvaluationFolder
@@ -24,7 +23,7 @@ from .eval_queue import EvaluationConfig, results_table
 from .eval_worker import end_group, worker_environment
 from .plots import plot_evaluations
 
-# %% ../nbs/12a_watch.ipynb #d732121d
+# %% ../nbs/12a_watch.ipynb #864f8b2d
 class Watcher:
     "An evaluator in the background, and what it has found."
 
@@ -41,6 +40,8 @@ class Watcher:
 
     def live(self, metric: str | None = None, interval: float = 2.) -> None:
         "Show a figure, and draw it anew with every result until the evaluator ends."
+        from IPython.display import display  # only a notebook has it for sure
+
         shown = display("no result yet", display_id=True)
 
         def follow():
