@@ -18,6 +18,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'moe_nb/async_eval.py'),
                                    'moe_nb.async_eval.CheckpointEvaluator.run': ( 'async_eval.html#checkpointevaluator.run',
                                                                                   'moe_nb/async_eval.py'),
+                                   'moe_nb.async_eval.CheckpointEvaluator.wait_for_run': ( 'async_eval.html#checkpointevaluator.wait_for_run',
+                                                                                           'moe_nb/async_eval.py'),
                                    'moe_nb.async_eval.EvaluationFeedback': ('async_eval.html#evaluationfeedback', 'moe_nb/async_eval.py'),
                                    'moe_nb.async_eval.EvaluationFeedback.__init__': ( 'async_eval.html#evaluationfeedback.__init__',
                                                                                       'moe_nb/async_eval.py'),

@@ -111,7 +111,7 @@ def admit(folder: EvaluationFolder, entry: Path) -> Candidate | None:
     try: return candidate(entry)
     except (ValueError, KeyError, OSError) as problem: quarantine(folder, entry.name, entry, str(problem))
 
-# %% ../nbs/11b_async_eval.ipynb #89219f40
+# %% ../nbs/11b_async_eval.ipynb #d15cb6d6
 class CheckpointEvaluator:
     "Evaluates what the training in the directory `run` publishes."
 
@@ -151,8 +151,15 @@ class CheckpointEvaluator:
             shutil.rmtree(self.folder.work(subject), ignore_errors=True)
         else: settle(self.folder, subject)
 
+    def wait_for_run(self) -> None:
+        "Wait until the training has begun to write its directory."
+        while not (self.folder.run.is_dir() and any(self.folder.run.iterdir())):
+            if not self.config.follow: raise ValueError(f"{self.folder.run}: expected the directory of a training, found nothing there")
+            time.sleep(self.config.poll_interval)
+
     def run(self) -> list[dict]:
         "Evaluate until the training is done and nothing waits; the results."
+        self.wait_for_run()
         with sole_evaluator(self.folder.queue), tqdm(desc="evaluated", unit="model") as progress:
             recover(self.folder)
             while True:

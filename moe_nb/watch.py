@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['Watcher', 'watch_in_background']
 
-# %% ../nbs/12a_watch.ipynb #b86dfa74
+# %% ../nbs/12a_watch.ipynb #0a2329c9
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,12 +25,12 @@ from .eval_queue import EvaluationConfig, results_table
 from .eval_worker import end_group, worker_environment
 from .plots import plot_evaluations
 
-# %% ../nbs/12a_watch.ipynb #864f8b2d
+# %% ../nbs/12a_watch.ipynb #d04e2b40
 class Watcher:
     "An evaluator in the background, and what it has found."
 
-    def __init__(self, process: subprocess.Popen, run: str | Path, config: EvaluationConfig):
-        self.process, self.config, self.folder, self._live = process, config, EvaluationFolder(run, config), None
+    def __init__(self, process: subprocess.Popen, output: BinaryIO, run: str | Path, config: EvaluationConfig):
+        self.process, self.output, self.config, self.folder, self._live = process, output, config, EvaluationFolder(run, config), None
 
     def results(self) -> pd.DataFrame: return results_table(self.folder.rows())
 
@@ -62,7 +64,10 @@ class Watcher:
         if code: raise RuntimeError(f"the evaluator ended with code {code}:\n{self.log()}")
         return self.results()
 
-    def log(self, lines: int = 20) -> str: return "\n".join((self.folder.path / "evaluator.txt").read_text(errors="replace").strip().splitlines()[-lines:])
+    def log(self, lines: int = 20) -> str:
+        "The last lines that the evaluator wrote."
+        written = os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0)  # leaves the evaluator's place in the file alone
+        return "\n".join(written.decode(errors="replace").strip().splitlines()[-lines:])
 
     def stop(self) -> None:
         "End the evaluator now; the next one goes on from here."
@@ -71,16 +76,14 @@ class Watcher:
         except subprocess.TimeoutExpired: end_group(self.process)
         if self._live is not None: self._live.join()
 
-# %% ../nbs/12a_watch.ipynb #b2f5b197
+# %% ../nbs/12a_watch.ipynb #fc034368
 def watch_in_background(run: str | Path,  # Directory of the training, now or soon
                         config: EvaluationConfig | None = None,  # Or its fields:
                         **options) -> Watcher:
     "Start an evaluator for the checkpoints of `run`, in a process that ends with this one."
     config = config or EvaluationConfig(**options)
-    folder = EvaluationFolder(run, config).path
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "moe_nb.async_eval", str(run), json.dumps(asdict(config)), str(os.getpid())]
-    with open(folder / "evaluator.txt", "ab") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=worker_environment(config, dict(os.environ)), process_group=0)
+    output = tempfile.TemporaryFile()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=worker_environment(config, dict(os.environ)), process_group=0)
     os.setpriority(os.PRIO_PROCESS, process.pid, max(os.getpriority(os.PRIO_PROCESS, 0), config.nice))
-    return Watcher(process, run, config)
+    return Watcher(process, output, run, config)
