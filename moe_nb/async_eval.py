@@ -41,7 +41,7 @@ def baselines(run: Path, config: EvaluationConfig) -> list[Candidate]:
     found = {kind: getattr(config, name) or record.get(name) for kind, name in (("teacher", "teacher_model"), ("student", "student_model_path"))}
     return [baseline(kind, str(model)) for kind, model in found.items() if model]
 
-# %% ../nbs/11b_async_eval.ipynb #4322968b
+# %% ../nbs/11b_async_eval.ipynb #5473d4e4
 class EvaluationFolder:
     "`eval_results` of the training in `run`, under one configuration."
 
@@ -56,6 +56,10 @@ class EvaluationFolder:
         return next((row for row in read_results(self.results) if row["key"] == subject.key(self.config)), None)
 
     def work(self, subject: Candidate) -> Path: return self.path / "work" / subject.key(self.config)
+
+    def failures(self) -> dict[str, str]:
+        "What is in quarantine, and why."
+        return {path.stem: path.read_text() for path in sorted((self.path / "quarantine").glob("*.txt"))}
 
     def derive_best(self) -> None:
         best = best_of(self.rows(), self.config.metric)
@@ -111,7 +115,7 @@ def admit(folder: EvaluationFolder, entry: Path) -> Candidate | None:
     try: return candidate(entry)
     except (ValueError, KeyError, OSError) as problem: quarantine(folder, entry.name, entry, str(problem))
 
-# %% ../nbs/11b_async_eval.ipynb #d15cb6d6
+# %% ../nbs/11b_async_eval.ipynb #296e008d
 class CheckpointEvaluator:
     "Evaluates what the training in the directory `run` publishes."
 
@@ -123,12 +127,14 @@ class CheckpointEvaluator:
         subject = candidate(Path(path))
         with sole_evaluator(self.folder.queue):
             recover(self.folder)
-            return self.folder.find(subject) or self.record(subject)
+            try: return self.folder.find(subject) or self.record(subject)
+            finally: shutil.rmtree(self.folder.work(subject), ignore_errors=True)
 
     def record(self, subject: Candidate) -> dict:
         row = score(self.folder, subject)
         append_line(self.folder.results, row)
         self.folder.derive_best()
+        (self.folder.path / "quarantine" / f"{subject.label}.txt").unlink(missing_ok=True)
         return row
 
     def next(self, done: bool) -> Candidate | None:
@@ -146,8 +152,7 @@ class CheckpointEvaluator:
         try: self.folder.find(subject) or self.record(subject)
         except WorkerError as problem:
             self._failed.add(subject)
-            entry = Path(subject.model) if subject.kind == "checkpoint" else None
-            quarantine(self.folder, entry.name if entry else subject.kind, entry, str(problem))
+            quarantine(self.folder, subject.label, Path(subject.model) if subject.kind == "checkpoint" else None, str(problem))
             shutil.rmtree(self.folder.work(subject), ignore_errors=True)
         else: settle(self.folder, subject)
 
@@ -167,7 +172,9 @@ class CheckpointEvaluator:
                 subject = self.next(done)
                 if subject is None and done: return self.folder.rows()
                 if subject is None: time.sleep(self.config.poll_interval)
-                else: progress.update(self.process(subject) is None)
+                else:
+                    self.process(subject)
+                    progress.update()
 
 # %% ../nbs/11b_async_eval.ipynb #e3db51b0
 @contextmanager

@@ -175,10 +175,9 @@ class WatchArguments:
 def watch(argv: list[str]) -> None:
     "Evaluate every checkpoint of a training while it goes on."
     arguments, config = parse(argv, "watch", WatchArguments, EvaluationConfig)
-    with ending_orderly(): rows = CheckpointEvaluator(arguments.run, config).run()
+    with ending_orderly(): rows = (evaluator := CheckpointEvaluator(arguments.run, config)).run()
     print(results_table(rows).drop(columns="higher_is_better").round(4).to_string(index=False))
-    aside = sorted(path.stem for path in (Path(arguments.run) / "eval_results" / "quarantine").glob("*.txt"))
-    if aside: print("not evaluated, see eval_results/quarantine:", *aside)
+    for name, problem in evaluator.folder.failures().items(): print(f"not evaluated, now in eval_results/quarantine: {name}: {problem.splitlines()[0]}")
 
 # %% ../nbs/13_cli.ipynb #de4d0586
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from .eval_queue import EvaluationConfig, results_table
 from .eval_worker import end_group, worker_environment
 from .plots import plot_evaluations
 
-# %% ../nbs/12a_watch.ipynb #d04e2b40
+# %% ../nbs/12a_watch.ipynb #40611a37
 class Watcher:
     "An evaluator in the background, and what it has found."
 
@@ -37,6 +37,8 @@ class Watcher:
     def plot(self, metric: str | None = None) -> Figure:
         "The metric (default: the one that decides) against the step."
         return plot_evaluations(self.folder.rows(), metric or self.config.metric, title=f"{self.folder.run.name}, while training" if self.running() else self.folder.run.name)
+
+    def failures(self) -> dict[str, str]: return self.folder.failures()
 
     def running(self) -> bool: return self.process.poll() is None
 
