@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_sequences', 'CompressArguments', 'compress',
-           'report', 'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export', 'distill',
-           'EvaluateArguments', 'evaluate', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo',
-           'main']
+           'report', 'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export',
+           'FeedbackArguments', 'distill', 'EvaluateArguments', 'evaluate', 'WatchArguments', 'watch', 'DemoArguments',
+           'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #33ee9aa2
 import json
@@ -23,11 +23,13 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
+from .async_eval import CheckpointEvaluator, EvaluationFeedback, ending_orderly
 from .calibrate import read_texts, self_sequences, token_sequences
 from .checkpoint import METADATA, check_output, find_tokenizer, load_compressed_model, read_metadata, save_compressed_model
 from .compress import CompressionConfig, compress_model
 from .distill import DistillationConfig
 from .distill import distill as run_distillation
+from .eval_queue import EvaluationConfig, results_table
 from .evaluate import evaluate_model, perplexity
 from .export import EXPORT_RECORD, export_to_hf_format
 from .plan import check_disk, make_plan, outcome
@@ -154,10 +156,15 @@ def export(argv: list[str]) -> None:
     print(export_to_hf_format(arguments.model, arguments.original_model_name, arguments.output_dir, dtype=arguments.dtype))
 
 # %% ../nbs/13_cli.ipynb #d6de0eb1
+@dataclass(frozen=True, kw_only=True)
+class FeedbackArguments:
+    patience: int | None = field(default=None, metadata={"help": "end the training when so many results of moe-nb watch in a row were not better; default: never"})
+
+
 def distill(argv: list[str]) -> None:
     "Train a compressed model towards its original."
-    config, = parse(argv, "distill", DistillationConfig)
-    path = run_distillation(config)
+    config, feedback = parse(argv, "distill", DistillationConfig, FeedbackArguments)
+    path = run_distillation(config, [EvaluationFeedback(feedback.patience)])
     if not PartialState().is_main_process: return
     print(report(path) if (path / METADATA).is_file() else path)
 
@@ -182,6 +189,19 @@ def evaluate(argv: list[str]) -> None:
     results = evaluate_model(arguments.model, arguments.tasks, **options)
     if arguments.output: Path(arguments.output).write_text(json.dumps(results, indent=2))
     print(pd.DataFrame(results).T.to_string())
+
+# %% ../nbs/13_cli.ipynb #a51c0de2
+@dataclass(frozen=True, kw_only=True)
+class WatchArguments:
+    run: str = field(metadata={"help": "directory of the training (its output_dir), now or soon; results come into its folder eval_results"})
+
+
+def watch(argv: list[str]) -> None:
+    "Evaluate every checkpoint of a training while it goes on."
+    arguments, config = parse(argv, "watch", WatchArguments, EvaluationConfig)
+    with ending_orderly(): rows = (evaluator := CheckpointEvaluator(arguments.run, config)).run()
+    print(results_table(rows).drop(columns="higher_is_better").round(4).to_string(index=False))
+    for name, problem in evaluator.folder.failures().items(): print(f"not evaluated, now in eval_results/quarantine: {name}: {problem.splitlines()[0]}")
 
 # %% ../nbs/13_cli.ipynb #de4d0586
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +245,8 @@ next, with your own model (a directory or a hub id):
   moe-nb compress --model MODEL --output_dir models/compressed --ratio 0.25
   moe-nb inspect models/compressed
   moe-nb evaluate --model models/compressed --tasks TASK,TASK
+  moe-nb distill --teacher_model MODEL --student_model_path models/compressed --output_dir runs/distill
+  moe-nb watch --run runs/distill --tasks TASK TASK
   moe-nb export --model models/compressed --output_dir models/exported"""
 
 # %% ../nbs/13_cli.ipynb #6a0db44d
@@ -247,7 +269,7 @@ def demo(argv: list[str]) -> None:
     print(NEXT_STEPS, f"\ndemo finished in {time.time() - start:.0f} s", sep="\n")
 
 # %% ../nbs/13_cli.ipynb #e2e4f5e2
-COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, export=export, demo=demo)
+COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, demo=demo)
 USAGE = "usage: moe-nb COMMAND [flags]\n\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()) + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
 
 

@@ -12,6 +12,7 @@ __all__ = ['RUN', 'DistillationConfig', 'factors', 'training_arguments_of', 'tra
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments, default_data_collator
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.utils import is_bitsandbytes_available
 
 from .calibrate import check_max_length, read_texts, token_sequences
@@ -231,12 +232,12 @@ def complete_targets(config: DistillationConfig, student: nn.Module, teacher: nn
     return targets_of(config, student, known_teacher(config, student))
 
 # %% ../nbs/09d_distill.ipynb #275bc848
-def global_stage(student: nn.Module, teacher: nn.Module | None, targets: OfflineTargets | None, sequences: list[torch.Tensor], tokenizer, config: DistillationConfig) -> DistillationTrainer:
+def global_stage(student: nn.Module, teacher: nn.Module | None, targets: OfflineTargets | None, sequences: list[torch.Tensor], tokenizer, config: DistillationConfig, callbacks: Sequence[TrainerCallback] = ()) -> DistillationTrainer:
     "Train all of `student`, towards `targets` or else `teacher`; a run that was stopped goes on from its newest complete checkpoint."
     evaluation = as_rows(sequences_of(config.eval_dataset, tokenizer, config, split="calibration")) if config.eval_dataset else None
     trainer = DistillationTrainer(student, teacher if config.alpha and targets is None else None, targets=targets, temperature=config.temperature, alpha=config.alpha,
                                   train=factors(config.train), args=training_arguments(config), train_dataset=as_rows(sequences), eval_dataset=evaluation, data_collator=default_data_collator,
-                                  processing_class=tokenizer, callbacks=[CompressedModelSaveCallback()])
+                                  processing_class=tokenizer, callbacks=[CompressedModelSaveCallback(), *callbacks])
     trainer.train(resume_from_checkpoint=True)
     return trainer
 
@@ -258,7 +259,9 @@ def write_result(model: nn.Module, config: DistillationConfig, tokenizer) -> Non
     with atomic_directory(final, "config.json") as folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder)
 
 # %% ../nbs/09d_distill.ipynb #d1ee6350
-def distill(config: DistillationConfig) -> Path:
+def distill(config: DistillationConfig,
+            callbacks: Sequence[TrainerCallback] = ()  # Of the global stage, beside the one that publishes every checkpoint
+           ) -> Path:
     "Run the stages that `config` asks for, or what is left of them; the directory of the complete result."
     check_run(config)
     arguments, state, output = training_arguments(config), PartialState(), Path(config.output_dir)
@@ -279,7 +282,7 @@ def distill(config: DistillationConfig) -> Path:
     if blockwise: distill_blocks(student, teacher, sequences, output / "blocks", config)
     targets = complete_targets(config, student, teacher if asked else None, sequences) if divergence else None
     if targets is not None: teacher = None
-    if config.max_steps: trainer = global_stage(student, teacher, targets, sequences, tokenizer, config)
+    if config.max_steps: trainer = global_stage(student, teacher, targets, sequences, tokenizer, config, callbacks)
     if state.is_main_process: write_result(stored_model(result_checkpoint(trainer)) if config.max_steps else student, config, tokenizer)
     state.wait_for_everyone()
     return output / "final"

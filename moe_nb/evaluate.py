@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['start_token', 'token_windows', 'batch_nll', 'evaluation_mode', 'perplexity', 'hash_rank', 'next_word_places',
            'similar_words', 'next_word_items', 'package_tasks', 'task_manager', 'check_tasks', 'random_state_kept',
-           'silenced', 'model_and_tokenizer', 'clean_metrics', 'clean_results', 'evaluate_model']
+           'silenced', 'model_and_tokenizer', 'clean_metrics', 'clean_results', 'lm_eval_results', 'evaluate_model']
 
 # %% ../nbs/10_evaluate.ipynb #8ab0b152
 import copy
@@ -245,6 +245,26 @@ def clean_results(results: dict | None,  # What `simple_evaluate` returns
         cleaned[task]["samples"] = counted["effective"]
     return cleaned
 
+# %% ../nbs/10_evaluate.ipynb #5e71c0de
+def lm_eval_results(model: nn.Module,  # Loaded
+                    tokenizer,
+                    names: list[str],  # Tasks and groups
+                    manager: "TaskManager",  # That knows them
+                    *,
+                    batch_size: int = 8,
+                    limit: int | float | None = None,
+                    num_fewshot: int | None = None,
+                    log_samples: bool = False  # Also what the model answered to every item
+                   ) -> dict:
+    "What `simple_evaluate` of lm-eval returns, without a cache of responses; global state and the mode of the model stay as they were."
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with random_state_kept(), evaluation_mode(model), silenced():
+        wrapped = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
+        return simple_evaluate(wrapped, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+                               log_samples=log_samples, bootstrap_iters=100)
+
 # %% ../nbs/10_evaluate.ipynb #ae38d5b9
 def evaluate_model(model,  # A loaded model, a directory (compressed or not), or a name on the Hub
                    tasks: list[str] | str,  # Names of tasks or groups; a string may hold several, separated by commas
@@ -258,17 +278,11 @@ def evaluate_model(model,  # A loaded model, a directory (compressed or not), or
                    num_fewshot: int | None = None  # Examples in the prompt; default: what the task says
                   ) -> dict[str, dict]:
     "Results of lm-eval as `{task: {metric: value, ..., 'samples': n}}`; global state and the mode of the model stay as they were."
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     if limit is not None and limit <= 0: raise ValueError(f"limit must be above 0; got {limit}")
     with silenced(): manager = task_manager(names, include_path)
     check_tasks(names, manager)
     model, tokenizer = model_and_tokenizer(model, tokenizer, device_map, dtype)
-    with random_state_kept(), evaluation_mode(model), silenced():
-        wrapped = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
-        results = simple_evaluate(wrapped, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager,
-                                  log_samples=False, bootstrap_iters=100)
+    results = lm_eval_results(model, tokenizer, names, manager, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
     return clean_results(results, [name for name in names if name not in manager.all_tags])
