@@ -15,7 +15,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +77,6 @@ def model_to_score(job: dict, folder: Path) -> Path | str:
     "The directory that is scored: that of the job, or its export."
     if job["kind"] == "checkpoint": candidate(Path(job["model"]))
     if job["backend"] != "export": return job["model"]
-    for leftover in folder.glob(".export.*"): shutil.rmtree(leftover)
     if (folder / "export" / EXPORT_RECORD).is_file(): return folder / "export"
     return export_to_hf_format(job["model"], job["config"]["teacher_model"], folder / "export", dtype=job["config"]["dtype"])
 

@@ -205,9 +205,9 @@ def test_killed_during_evaluation(run, reference, unharmed, record_property):
 def test_killed_during_export(run, reference, unharmed, record_property):
     "evaluator killed -9 during export"
     process = start(run, config())
-    until(lambda: work(run, "*/.export.tmp-*"))
+    until(lambda: work(run, "*/.export.partial"))
     kill(process, run)
-    assert work(run, "*/.export.tmp-*") and not rows(run)
+    assert work(run, "*/.export.partial") and not rows(run)
     finish(run, config())
     record_property("outcome", check(run, reference))
 
