@@ -51,7 +51,7 @@ def peak_bytes(experts: dict[str, nn.Module], calibrated: bool) -> float:
     "Most memory of one process; without data the factor is measured (experiments/streaming)."
     largest = max(experts.values(), key=layer_bytes)
     E, d, f = largest.down_proj.shape
-    return LIBRARIES + 4.5 * layer_bytes(largest) + (3 * 4 * E * (d * d + 5 * f * f) if calibrated else 0)
+    return LIBRARIES + 5.5 * layer_bytes(largest) + (3 * 4 * E * (d * d + 5 * f * f) if calibrated else 0)
 
 # %% ../nbs/07b_plan.ipynb #90b04f8d
 def operations(experts: dict[str, nn.Module], config: CompressionConfig, calibrated: bool) -> float:
