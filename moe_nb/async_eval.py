@@ -22,10 +22,11 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .checkpoint import install_directory
 from .distill import RUN
 from .eval_queue import Candidate, EvaluationConfig, adopt, append_line, best_of, candidate, comparable, fingerprint, mend, model_identity, queued, read_results, select, sole_evaluator
 from .eval_worker import WorkerError, attempt, backend_of, end_with_parent, write_json
-from .resume import DONE, discard, take_place
+from .resume import DONE, discard
 
 # %% ../nbs/11b_async_eval.ipynb #369c63dc
 @cache
@@ -85,7 +86,7 @@ def settle(folder: EvaluationFolder, subject: Candidate) -> None:
     "Let the entry of a finished checkpoint go, and the work on it; the best one is kept as `best`."
     best, entry = json.loads(folder.best.read_text()) if folder.best.is_file() else {}, Path(subject.model)
     if entry.parent == folder.queue:
-        if (best.get("step"), best.get("sha256")) == (subject.step, subject.identity): take_place(entry, folder.path / "best")
+        if (best.get("step"), best.get("sha256")) == (subject.step, subject.identity): install_directory(entry, folder.path / "best")
         else: discard(entry)
     shutil.rmtree(folder.work(subject), ignore_errors=True)
 
@@ -95,7 +96,7 @@ def quarantine(folder: EvaluationFolder, name: str, entry: Path | None, problem:
     aside = folder.path / "quarantine"
     aside.mkdir(parents=True, exist_ok=True)
     (aside / f"{name}.txt").write_text(problem)
-    if entry is not None: take_place(entry, aside / name)
+    if entry is not None: install_directory(entry, aside / name)
     logging.getLogger(__name__).error("%s goes to quarantine: %s", name, problem)
 
 # %% ../nbs/11b_async_eval.ipynb #aa39289e

@@ -27,10 +27,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from .calibrate import read_texts
-from .checkpoint import is_compressed, sync
+from .checkpoint import is_compressed
 from .eval_queue import Candidate, EvaluationConfig, SettingsError, candidate
 from .evaluate import check_tasks, clean_results, lm_eval_results, model_and_tokenizer, perplexity, silenced, task_manager
 from .export import EXPORT_RECORD, export_to_hf_format
+from .shards import replace_text
 from .tiny import tiny_text
 
 # %% ../nbs/11a_eval_worker.ipynb #bff56eca
@@ -103,10 +104,7 @@ JOB, RESULT, REFUSED = "job.json", "result.json", "refused.json"
 
 def write_json(file: Path, value) -> None:
     "Write `value` to `file` in one rename."
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text(json.dumps(value))
-    sync(unfinished)
-    os.replace(unfinished, file)
+    replace_text(file, json.dumps(value))
 
 
 def find_scorer(name: str) -> Callable:
