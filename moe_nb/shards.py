@@ -6,7 +6,7 @@
 __all__ = ['WANTED', 'JOB', 'source_folder', 'weight_files', 'LazyTensor', 'open_source', 'file_identity', 'source_identity',
            'load_tensors', 'empty_model', 'runtime_names', 'part_of', 'parts_of', 'release', 'file_layout',
            'create_file', 'tensor_bytes', 'write_at', 'copy_tensor', 'work_folder', 'replace_text', 'differences',
-           'start_job', 'begin_job', 'complete_job', 'processes', 'record_path', 'spans_digest', 'finish_piece',
+           'start_job', 'begin_job', 'complete_job', 'processes', 'record_path', 'spans_checksum', 'finish_piece',
            'finished_piece']
 
 # %% ../nbs/06a_shards.ipynb #a017acce
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -277,32 +278,32 @@ def processes() -> PartialState:
 def record_path(folder: Path, piece: str) -> Path: return folder / "journal" / f"{piece}.json"
 
 # %% ../nbs/06a_shards.ipynb #f7928eef
-def spans_digest(folder: Path, spans: list) -> str:
-    "SHA-256 over `(file, start, length)` of files in `folder`; empty where one of them is missing."
-    digest = hashlib.sha256()
+def spans_checksum(folder: Path, spans: list) -> int | None:
+    "CRC-32 over `(file, start, length)` of files in `folder`; None where one of them is missing."
+    checksum = 0
     for name, start, length in spans:
-        if not (folder / name).is_file(): return ""
+        if not (folder / name).is_file(): return None
         with open(folder / name, "rb") as file:
             file.seek(start)
-            for at in range(0, length, 1 << 24): digest.update(file.read(min(1 << 24, length - at)))
-    return digest.hexdigest()
+            for at in range(0, length, 1 << 24): checksum = zlib.crc32(file.read(min(1 << 24, length - at)), checksum)
+    return checksum
 
 # %% ../nbs/06a_shards.ipynb #feceedee
 def finish_piece(folder: Path,
                  piece: str,
                  spans: list,  # What was written: `(file, start, length)`
                  record: dict,  # Anything that a later run wants to know
-                 digest: str | None = None  # Of the spans, where the writer knows it
+                 checksum: int | None = None  # Of the spans, where the writer knows it
                 ) -> None:
     "Make what was written durable, then write the record that says that `piece` is done."
     files = {folder / name for name, _, _ in spans}
     sync(*files, *{file.parent for file in files})
     record_path(folder, piece).parent.mkdir(exist_ok=True)
-    replace_text(record_path(folder, piece), json.dumps(dict(record, spans=spans, digest=digest or spans_digest(folder, spans))))
+    replace_text(record_path(folder, piece), json.dumps(dict(record, spans=spans, checksum=spans_checksum(folder, spans) if checksum is None else checksum)))
 
 # %% ../nbs/06a_shards.ipynb #e4587238
 def finished_piece(folder: Path, piece: str, verify: bool = True) -> dict | None:
     "The record of `piece`; None if it is not done, or (with `verify`) if what it wrote is no longer there."
     if not record_path(folder, piece).is_file(): return None
     record = json.loads(record_path(folder, piece).read_text())
-    return None if verify and spans_digest(folder, record["spans"]) != record["digest"] else record
+    return None if verify and spans_checksum(folder, record["spans"]) != record["checksum"] else record

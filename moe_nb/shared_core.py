@@ -33,9 +33,10 @@ class ExpertFactors(NamedTuple):
         "The two parts of `X_e^T h`: what still has to go through the core `[p, f]`, and the rest `[p, d]`."
         return h_pf + (h_pf @ self.P.T) @ self.Q if len(self.P) else h_pf, (h_pf @ self.G.T) @ self.V
 
-    def weight(self, core_fd: torch.Tensor) -> torch.Tensor:
-        "Full `X_e` `[f, d]`."
-        return core_fd + self.P.T @ (self.Q @ core_fd) + self.G.T @ self.V
+    def weight(self, core_fd: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        "Full `X_e` `[f, d]`, or its transpose."
+        left_fd = core_fd + self.P.T @ (self.Q @ core_fd) if len(self.P) else core_fd
+        return torch.addmm(left_fd.T, self.V.T, self.G) if transposed else torch.addmm(left_fd, self.G.T, self.V)
 
 # %% ../nbs/02_shared_core.ipynb #a5e674e5
 def rows_of(factor_Rn: torch.Tensor, ranks: list[int], chosen: list[int] | None) -> list[torch.Tensor]:
@@ -70,11 +71,11 @@ class SharedCore(nn.Module):
 
     def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor: return h_Tf @ self.core  # C^T h, once per token
 
-    def weights(self, wide_of: "SharedCore | None" = None) -> torch.Tensor:
-        "Full X of all experts, `[E, f, d]`, computed in at least fp32, in the data type of the core."
+    def weights(self, wide_of: "SharedCore | None" = None, chosen: list[int] | None = None, transposed: bool = False) -> torch.Tensor:
+        "Full X of all experts or of each `chosen` one, `[E, f, d]`, or their transposes; computed in at least fp32, in the data type of the core."
         dtype = torch.promote_types(self.core.dtype, torch.float32)
-        experts = (ExpertFactors(*(factor.to(dtype) for factor in expert)) for expert in self.experts(wide_of))
-        return torch.stack([expert.weight(self.core.to(dtype)).to(self.core.dtype) for expert in experts])
+        experts, core_fd = (ExpertFactors(*(factor.to(dtype) for factor in expert)) for expert in self.experts(wide_of, chosen)), self.core.to(dtype)
+        return torch.stack([expert.weight(core_fd, transposed).to(self.core.dtype) for expert in experts])
 
 # %% ../nbs/02_shared_core.ipynb #03a14025
 class ExpertWeight(NamedTuple):
@@ -101,7 +102,9 @@ class Uncompressed(nn.Module):
 
     def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor: return h_Tf.new_zeros(len(h_Tf), self.weight.shape[2])
 
-    def weights(self, wide_of=None) -> torch.Tensor: return self.weight
+    def weights(self, wide_of=None, chosen=None, transposed=False) -> torch.Tensor:
+        weight_Efd = self.weight if chosen is None else self.weight[chosen]
+        return weight_Efd.mT if transposed else weight_Efd
 
 # %% ../nbs/02_shared_core.ipynb #16ab5967
 class Wrappers(NamedTuple):
@@ -187,9 +190,9 @@ class SharedCoreExperts(nn.Module):
         return (self.down.to_wide(h_Tf.to(hidden_states.dtype)) + y_Td).to(hidden_states.dtype)
 
     @torch.no_grad()
-    def materialize(self) -> dict[str, torch.Tensor]:
-        "Full weights of all experts in canonical form, `{'gate_proj': [E, f, d], 'up_proj': [E, f, d], 'down_proj': [E, d, f]}`."
-        return dict(zip(PROJECTIONS, (self.gate.weights(), self.up.weights(self.gate), self.down.weights().transpose(1, 2))))
+    def materialize(self, chosen: list[int] | None = None) -> dict[str, torch.Tensor]:
+        "Full weights of all experts or of each `chosen` one in canonical form, `{'gate_proj': [E, f, d], 'up_proj': [E, f, d], 'down_proj': [E, d, f]}`."
+        return dict(zip(PROJECTIONS, (self.gate.weights(None, chosen), self.up.weights(self.gate, chosen), self.down.weights(None, chosen, transposed=True))))
 
     def wrappers(self, projection: str) -> list[Wrappers]:
         "The literal core, U_in, V_in, U_out, V_out of each expert of `projection` (one of `PROJECTIONS`), which must be compressed."
@@ -198,11 +201,11 @@ class SharedCoreExperts(nn.Module):
         return [wrappers(module.core, expert, transposed=module is self.down) for expert in module.experts(self.gate)]
 
 # %% ../nbs/02_shared_core.ipynb #36ed0382
-def materialized(experts: SharedCoreExperts) -> nn.Module:
-    "A module of the original class holding the materialised weights, in the data type and on the device of the factors."
-    weights = experts.materialize()
+def materialized(experts: SharedCoreExperts, chosen: list[int] | None = None) -> nn.Module:
+    "A module of the original class holding the materialised weights of all experts or of each `chosen` one, in the data type and on the device of the factors."
+    weights = experts.materialize(chosen)
     original = copy.copy(experts.template)
-    original._parameters = {name: nn.Parameter(torch.empty_like(p, dtype=weights["gate_proj"].dtype, device=weights["gate_proj"].device))
+    original._parameters = {name: nn.Parameter(torch.empty_like(p if chosen is None else p[:len(chosen)], dtype=weights["gate_proj"].dtype, device=weights["gate_proj"].device))
                             for name, p in experts.template.named_parameters(recurse=False)}
     write_experts(original, weights)
     return original
