@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from .experts import PROJECTIONS, read_experts, write_experts
+from .fit import expert_mean
 
 # %% ../nbs/04a_align.ipynb #862a6f13
 def match(reference_3fd: torch.Tensor, neurons_3fd: torch.Tensor, flips: bool = True) -> torch.Tensor:
@@ -52,4 +53,4 @@ def align_experts(experts: nn.Module, rounds: int = 8) -> float:
     aligned_E3fd = align_neurons(torch.stack([gate_Efd, up_Efd, down_Edf.mT], dim=1), is_odd_in_up(experts), rounds)
     write_experts(experts, dict(zip(PROJECTIONS, (*aligned_E3fd[:, :2].unbind(1), aligned_E3fd[:, 2].mT))))
     energy = sum(neurons_3fd.float().square().sum() for neurons_3fd in aligned_E3fd) / len(aligned_E3fd)
-    return (aligned_E3fd.mean(0, dtype=torch.float32).square().sum() / energy).item()
+    return (expert_mean(aligned_E3fd).square().sum() / energy).item()

@@ -32,7 +32,7 @@ from .experts import find_experts, read_experts
 from .fit import Group, fit_budget, make_group, pack_group
 from .layerwise import decoder_layers, layerwise_moments, read_moments, read_record, read_tensors
 from .refine import LayerRecord
-from .shards import (LazyTensor, begin_job, complete_job, copy_tensor, create_file, empty_model, finish_piece, finished_piece, load_tensors, open_source, parts_of, processes, release, runtime_names,
+from .shards import (LazyTensor, begin_job, complete_job, copy_tensor, create_file, dequantized, empty_model, finish_piece, finished_piece, load_tensors, open_source, parts_of, processes, release, runtime_names,
                            source_folder, source_identity, tensor_bytes, work_folder, write_at)
 from .shared_core import SharedCore, SharedCoreExperts
 
@@ -51,7 +51,7 @@ class Stream(NamedTuple):
 def open_stream(source: str | Path, config: CompressionConfig, calibrated: bool = False) -> Stream:
     "Open a checkpoint; every check that needs no weights comes here."
     folder = source_folder(source)
-    tensors = open_source(folder)
+    tensors = dequantized(folder, open_source(folder))
     model = empty_model(folder, tensors)
     model.config._name_or_path = str(source)
     experts = selected_experts(model, config)
