@@ -7,12 +7,10 @@ __all__ = ['PART', 'LEAST_WEIGHT', 'EXACT', 'SPREAD', 'OVERSAMPLING', 'SWEEPS', 
            'balance', 'principal_directions', 'best_low_rank', 'best_wide', 'best_narrow', 'best_core', 'pack',
            'fit_closed_form', 'fit_adam', 'expert_weights', 'Group', 'make_group', 'leading_directions',
            'directions_to_find', 'find_directions', 'allocate', 'wide_factors', 'weighted_core', 'improve_core',
-           'check_budget', 'fit_budget', 'pack_group', 'fit_operations', 'Sizes', 'uniform_rank']
+           'check_budget', 'fit_round', 'fit_budget', 'pack_group', 'fit_operations', 'Sizes', 'uniform_rank']
 
 # %% ../nbs/04_fit.ipynb #70e23de1
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -308,17 +306,20 @@ def check_budget(budget: float, smallest: int, original: int) -> None:
     """
     if budget < smallest: raise ValueError(f"ratio {budget / original:.4g} is too small: the smallest possible is {math.ceil(10000 * smallest / original) / 10000:.4f}")
 
+# %% ../nbs/04_fit.ipynb #3cc5c0f0
+def fit_round(group: Group, budget: float, first: bool) -> None:
+    "One round of one group with about `budget` numbers: the core for the directions that were chosen, or at `first` the mean; and the directions of what it leaves."
+    if first: group.core_md = expert_mean(group.X_Emd)
+    else: improve_core(group)
+    find_directions(group, directions_to_find(group, budget))
+
 # %% ../nbs/04_fit.ipynb #7bee21d0
-def fit_budget(groups: list[Group], budget: float, rounds: int = 8, multiple: int = 1, visit: Callable = nullcontext) -> None:
-    "Fit all `groups` within `budget` numbers in all: rounds of directions, allocation, core; the directions have the last word. The tensors of a group are needed inside `visit(group)` only."
+def fit_budget(groups: list[Group], budget: float, rounds: int = 8, multiple: int = 1) -> None:
+    "Fit all `groups` within `budget` numbers in all: rounds of directions, allocation, core; the directions have the last word."
     check_budget(budget, sum(group.fixed for group in groups), sum(group.X_Emd.numel() for group in groups))
     total = sum(group.X_Emd.numel() for group in groups)
     for round in range(rounds):
-        for group in groups:
-            with visit(group):
-                if round == 0: group.core_md = expert_mean(group.X_Emd)
-                else: improve_core(group)
-                find_directions(group, directions_to_find(group, budget * group.X_Emd.numel() / total))
+        for group in groups: fit_round(group, budget * group.X_Emd.numel() / total, first=round == 0)
         allocate(groups, budget, multiple)
 
 # %% ../nbs/04_fit.ipynb #cabf676c

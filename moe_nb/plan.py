@@ -81,7 +81,8 @@ def calibration_bytes(model: nn.Module, experts: dict[str, nn.Module], tokens: i
     layers, total = len(decoder_layers(model)), 0
     for module in experts.values():
         E, d, f = module.down_proj.shape
-        total += 2 * layer_bytes(module) + 4 * E * (d * d + 5 * f * f) + 4 * E * (2 * d * d + 5 * f * f) + 2 * tokens * d * model.dtype.itemsize
+        directions = min(2 * f, d) * (2 * f + d) + min(f, d) * (f + d)  # of gate and up, of down
+        total += 2 * layer_bytes(module) + 4 * E * (2 * d * d + 5 * f * f + directions) + 2 * tokens * d * model.dtype.itemsize
     return total + 2 * (layers + 1) * tokens * d * model.dtype.itemsize
 
 # %% ../nbs/07b_plan.ipynb #4828a887
