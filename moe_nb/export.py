@@ -18,12 +18,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from .checkpoint import INDEXES, METADATA, check_output, compressed_experts, empty_experts, find_tokenizer, sha256, verify_directory
+from .checkpoint import INDEXES, METADATA, bare_model, check_output, compressed_experts, empty_experts, find_tokenizer, sha256, verify_directory
 from .shards import (begin_job, complete_job, create_file, file_layout, finish_piece, finished_piece, load_tensors, open_source, part_of, parts_of, processes, release,
                            runtime_names, tensor_bytes, work_folder, write_at)
 from .shared_core import materialized
@@ -52,7 +52,7 @@ def plain_model(path: Path, dtype: torch.dtype | str | None) -> tuple[nn.Module,
     compression = config.quantization_config if isinstance(config.quantization_config, dict) else config.quantization_config.to_dict()
     del config.quantization_config
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or config.dtype
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.device("meta"): model = bare_model(config, dtype)
     if (path / "generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(path)
     model._weight_conversions = [conversion for conversion in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(conversion, PrefixChange)]
     return model, compression
@@ -75,10 +75,14 @@ def part_weights(layout: Layout, part: str) -> dict[str, torch.Tensor]:
     "Read one part of the model; returns hub name -> tensor, experts materialised."
     model, modules = layout.model, compressed_experts(layout.model)
     load_tensors(model, {name: layout.tensors[name] for name in layout.parts[part]})
-    if part in modules: state = {f"{part}.{name}": value for name, value in materialized(modules[part]).named_parameters(recurse=False)}
+    original = materialized(modules[part]) if part in modules else None
+    if original is not None: state = {f"{part}.{name}": value for name, value in original.named_parameters()}
     else: state = {name: value for name, value in model.state_dict().items() if value.device.type != "meta" and part_of(name, modules) == part}
     release(model)
-    return revert_weight_conversion(model, state)
+    if original is not None: model.set_submodule(part, original)  # some conversions look up the shape of a parameter
+    try: return revert_weight_conversion(model, state)
+    finally:
+        if original is not None: model.set_submodule(part, modules[part])
 
 # %% ../nbs/08_export.ipynb #12ff1eaa
 def write_part(layout: Layout, part: str, folder: Path, places: dict[str, tuple[str, int]]) -> tuple[list, str]:

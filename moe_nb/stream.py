@@ -26,9 +26,9 @@ from transformers.core_model_loading import dot_natural_key
 
 from .checkpoint import (METADATA, SUFFIXES, check_output, empty_experts, factor_shapes, find_tokenizer, layer_folders, mark_compressed,
                                set_conversions_aside, split_state, write_metadata, write_records, write_shards, write_tensors)
-from .compress import (CompressionConfig, CompressionStatistics, align_layer, check_finite, check_work, compressed_layer, compression_record, experts_per_token, fit_layer, group_weights,
-                             layer_record, projection_groups, sample, samples_digest, selected_experts, stored_parameters, stored_statistics, summarize, versions)
-from .experts import find_experts, read_experts
+from .compress import (CompressionConfig, CompressionStatistics, align_layer, check_sources, check_work, compressed_layer, compression_record, experts_per_token, fit_layer, group_weights,
+                             layer_record, projection_groups, sample, samples_digest, selected_experts, stored_parameters, stored_statistics, summarize, versions, weighted_group)
+from .experts import find_experts
 from .fit import Group, fit_budget, make_group, pack_group
 from .layerwise import decoder_layers, layerwise_moments, read_moments, read_record, read_tensors
 from .refine import LayerRecord
@@ -80,8 +80,8 @@ def compress_layer(stream: Stream, name: str, config: CompressionConfig, folder:
     "Read, fit and write one layer; returns its record. With `prepared` the fit is there already, and is refined."
     times, experts = [time.time()], stream.experts[name]
     load_part(stream, name, device)
-    check_finite({name: experts})
-    samples = {f"{name}.{key}": sample(f"{name}.{key}", value) for key, value in experts.named_parameters(recurse=False)}
+    check_sources({name: experts})
+    samples = {f"{name}.{key}": sample(f"{name}.{key}", value) for key, value in experts.named_parameters()}
     times.append(time.time())
     cores, record, unseen = (fit_layer(experts, config), None, []) if prepared is None else prepared.layer(name, experts, config)
     compressed, errors = compressed_layer(experts, cores, record, config)
@@ -103,7 +103,7 @@ def rest_shapes(stream: Stream, dtype: str | None) -> dict[str, torch.Tensor]:
     "Name -> meta tensor of all that is not compressed, in the order of `save_compressed_model`."
     alone, ours = left_alone(stream), tuple(f"{name}." for name in (*stream.experts, *left_alone(stream)))
     sources = {name: stream.tensors[name] for name, new in stream.names.items() if not new.startswith(ours)}
-    sources |= {f"{name}.{key}": value for name in alone for key, value in stream.model.get_submodule(name).named_parameters(recurse=False)}
+    sources |= {f"{name}.{key}": value for name in alone for key, value in stream.model.get_submodule(name).named_parameters()}
     def kept(value): return getattr(torch, dtype) if dtype and value.dtype.is_floating_point else value.dtype
     return {name: torch.empty(sources[name].shape, dtype=kept(sources[name]), device="meta") for name in sorted(sources, key=dot_natural_key)}
 
@@ -117,7 +117,7 @@ def copy_rest(stream: Stream, config: CompressionConfig, folder: Path, weights_f
         if name in stream.tensors: copy_tensor(stream.tensors[name], *places[name], shapes[name].dtype)
     for module in left_alone(stream):
         load_part(stream, module, "cpu")
-        for key, value in stream.model.get_submodule(module).named_parameters(recurse=False): write_at(*places[f"{module}.{key}"], tensor_bytes(value.to(shapes[f"{module}.{key}"].dtype)))
+        for key, value in stream.model.get_submodule(module).named_parameters(): write_at(*places[f"{module}.{key}"], tensor_bytes(value.to(shapes[f"{module}.{key}"].dtype)))
         release(stream.model.get_submodule(module))
     return as_pickles(folder, shards.tensor_to_filename) if weights_format == "pt" else shards.tensor_to_filename
 
@@ -145,9 +145,10 @@ def layer_loaded(stream: Stream, name: str, config: CompressionConfig, folder: P
     "A decoder layer with its weights, the experts aligned; aligned ones are kept in `folder`, since every pass needs the same."
     layer = stream.model.get_submodule(name)
     load_part(stream, name, device)
-    for experts in (module for key, module in stream.experts.items() if key.startswith(f"{name}.")):
-        check_finite({name: experts})
-        load_aligned(experts, config, folder / f"aligned-{name}.safetensors")
+    for key, experts in stream.experts.items():
+        if not key.startswith(f"{name}."): continue
+        check_sources({key: experts})
+        load_aligned(experts, config, folder / f"aligned-{key}.safetensors")
     layer.requires_grad_(False)
     try: yield
     finally: release(layer)
@@ -186,9 +187,9 @@ class Prepared:
 
     def layer(self, name: str, experts: nn.Module, config: CompressionConfig) -> tuple[dict[str, SharedCore], LayerRecord | None, list[int]]:
         "Cores, record for the refinement and unseen experts of one layer; its `experts` become the aligned ones."
-        load_aligned(experts, config, self.folder / f"aligned-{name.rsplit('.', 2)[0]}.safetensors")
+        load_aligned(experts, config, self.folder / f"aligned-{name}.safetensors")
         cores = {}
-        for projections in projection_groups(config):
+        for projections in projection_groups(config, experts):
             group = make_group(group_weights(experts, projections))
             for file in self.group_folder(name, projections).glob("*.safetensors"):
                 for key, value in read_tensors(file, group.X_Emd.device).items(): setattr(group, key, value)
@@ -202,10 +203,10 @@ def fit_stored(stream: Stream, config: CompressionConfig, prepared: Prepared, de
     groups, folders = {}, {}
     for name, experts in stream.experts.items():
         load_part(stream, name, device)
-        load_aligned(experts, config, prepared.folder / f"aligned-{name.rsplit('.', 2)[0]}.safetensors")
+        load_aligned(experts, config, prepared.folder / f"aligned-{name}.safetensors")
         moments = read_moments(prepared.folder, prepared.indices[name], prepared.found[name], device)
-        for projections in projection_groups(config):
-            groups[name, projections[0]] = group = make_group(group_weights(experts, projections), moments, read_experts(experts)["down_proj"].mT)
+        for projections in projection_groups(config, experts):
+            groups[name, projections[0]] = group = weighted_group(experts, projections, moments)
             folders[id(group)] = prepared.group_folder(name, projections)
             shutil.rmtree(folders[id(group)], ignore_errors=True)
             with on_disk(folders[id(group)], group, device): pass
