@@ -27,7 +27,7 @@ import moe_nb
 from .align import align_experts
 from .calibrate import Moments, calibrate
 from .checkpoint import compressed_experts, layer_folders, mark_compressed
-from .experts import PROJECTIONS, check_function, find_experts, read_experts, unknown_experts
+from .experts import PROJECTIONS, check_function, find_experts, is_experts, read_experts, unknown_experts
 from .fit import Group, Sizes, check_budget, fit_adam, fit_budget, fit_closed_form, make_group, pack_group, relative_error, uniform_rank
 from .refine import LayerRecord, record_layers, refine_experts
 from .shared_core import SharedCore, SharedCoreExperts, Uncompressed
@@ -72,8 +72,8 @@ def selected_experts(model: nn.Module, config: CompressionConfig) -> dict[str, n
     if compressed_experts(model): raise ValueError("the model is compressed already; compress the original")
     found = find_experts(model)
     if not found: raise ValueError(f"{type(model).__name__} has no experts modules that can be compressed: {'; '.join(unknown_experts(model)) or 'it is a dense model'}")
-    tied = len({id(p) for module in found.values() for p in module.parameters()}) < sum(1 for module in found.values() for p in module.parameters())
-    if tied: raise ValueError(f"{type(model).__name__} uses the same expert weights in several places; such a family is not supported")
+    shared = [id(p) for module in model.modules() if is_experts(module) for p in module.parameters()]
+    if len(set(shared)) < len(shared): raise ValueError(f"{type(model).__name__} uses the same expert weights in several places; such a family is not supported")
     if config.layers is None: return found
     wrong = [layer for layer in config.layers if not 0 <= layer < len(found)]
     if wrong: raise ValueError(f"layers: {wrong} out of range; the model has {len(found)} MoE layers, 0 to {len(found) - 1}")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 # %% ../nbs/01_experts.ipynb #75168a13
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -54,16 +55,18 @@ def is_experts(module: nn.Module) -> bool:
 
 # %% ../nbs/01_experts.ipynb #476597b5
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
-    "Name -> experts module of every MoE layer of `model`, in layer order; empty for a dense model."
-    return {name: module for name, module in model.named_modules() if is_experts(module)}
+    "Name -> experts module of every MoE layer of `model`, in layer order; empty for a dense model. Of a model that also sees or hears, those of its text decoder."
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = set(decoder.modules())
+    return {name: module for name, module in model.named_modules() if module in inside and is_experts(module)}
 
 # %% ../nbs/01_experts.ipynb #a6d444e4
 def unknown_experts(model: nn.Module) -> list[str]:
-    "Classes in `model` that are called experts and are none that `find_experts` finds, each with the reason."
-    found, reasons = set(find_experts(model).values()), {}
+    "Classes in `model` that are called experts and are none that `is_experts` knows, each with the reason."
+    reasons = {}
     for module in model.modules():
         kind = type(module).__name__
-        if module in found or not re.search("experts?", kind, re.IGNORECASE) or not any(p.ndim > 1 for p in module.parameters()): continue
+        if is_experts(module) or not re.search("experts?", kind, re.IGNORECASE) or not any(p.ndim > 1 for p in module.parameters()): continue
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
         reasons[kind] = f"its parameters are {shapes}, not a 3-D gate_up_proj or up_proj and down_proj" if shapes else "it keeps its weights in submodules"
     return [f"{kind}: {reason}" for kind, reason in reasons.items()]

@@ -13,10 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_nb.checkpoint import bare_model, compressed_experts, load_compressed_model, save_compressed_model
 from moe_nb.compress import CompressionConfig, compress_model
-from moe_nb.experts import find_experts, layout_of, read_experts
+from moe_nb.experts import find_experts, layout_of
 from moe_nb.export import export_to_hf_format
 from moe_nb.shards import open_source
-from moe_nb.shared_core import SharedCore
 from moe_nb.stream import compress_checkpoint
 
 VOCABULARY = 128
@@ -33,7 +32,7 @@ SIZES = {  # Pattern of a field of a configuration -> its largest value; the fir
     r"(\w+_)?num_key_value_heads|n_kv_heads|num_kv_heads|((num|n)_)?(\w+_)?(attention_)?heads|index_n_heads|linear_num_(key|value)_heads": 2,
     r"(\w+_)?(kv|q|o)_lora_rank|index_topk|sliding_window(_size)?": 8,
     r"(\w+_)?head_dim": 8,
-    r"(\w+_)?hidden_(size|dim)|d_model|n_embd|(\w+_)?embed_dim|emb_dim|dim|moe_latent_size|projection_dim": 16,
+    r"(\w+_)?hidden_(size|dim)|d_model|n_embd|(\w+_)?embed_dim|emb_dim|dim|moe_latent_size|projection_dim|adapter_\w*(dim|size)": 16,
 }
 
 
@@ -188,6 +187,7 @@ class Family:
         assert error < 1e-2, f"logits differ by {error:.1e}"
 
 
+TICK, CROSS = "\N{CHECK MARK}", "\N{MULTIPLICATION SIGN}"
 CAPABILITIES = [name for name in vars(Family) if not name.startswith("_")]
 
 
@@ -199,23 +199,22 @@ def layout_text(experts):
 
 
 def reason_of(error):
-    "The first line of an error, short"
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
+    "What an error says, on one short line"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no message'}"
 
 
 def prove(model_type, overrides=None, model=None):
-    "One row of the table: what was found, a tick or the error for each capability, and the largest difference of logits"
-    row = dict(family=model_type, head=head_of(model_type))
+    "One row of the table: what was found, a tick or a cross for each capability, the largest difference of logits, and the reason of every cross"
     try: model = tiny_model(model_type, overrides) if model is None else model
-    except Exception as error: return row | dict(reason=f"no tiny model ({reason_of(error)})")
-    experts = {type(module).__name__: module for module in find_experts(model).values()}
-    row |= {"experts": " ".join(experts), "layout": "; ".join(map(layout_text, experts.values())), "layers": len(find_experts(model))}
+    except Exception as error: return dict(family=model_type, reason=f"no tiny model: {reason_of(error)}")
+    experts = {type(module).__name__: layout_text(module) for module in find_experts(model).values()}
+    row, errors = dict(family=model_type, experts=" ".join(experts), layout="; ".join(experts.values()), layers=len(find_experts(model))), {}
     with tempfile.TemporaryDirectory() as folder:
-        family, errors = Family(model, folder), {}
+        family = Family(model, folder)
         for name in CAPABILITIES:
             try: getattr(family, name)()
-            except Exception as error:
-                if isinstance(error, AttributeError) and "'Family'" in str(error): errors[name] = "needs what failed before"
-                else: errors[name] = reason_of(error)
-            row[name] = "x" if name in errors else "\N{CHECK MARK}"
-    return row | dict(difference=max(family.differences, default=None), reason="; ".join(f"{name}: {error}" for name, error in errors.items() if "needs what" not in error))
+            except Exception as error: errors[name] = reason_of(error)
+            if name == "compress" and errors: break  # nothing to go on with
+            row[name] = CROSS if name in errors else TICK
+    own = {name: error for name, error in errors.items() if not re.search("'Family'|compressed_metadata.json", error)}  # not the consequences
+    return row | dict(difference=max(family.differences, default=None), reason="; ".join(f"{name}: {error}" for name, error in own.items()))
