@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'METHOD', 'METADATA', 'SUFFIXES', 'INDEXES', 'SharedCoreConfig', 'compressed_experts',
-           'factor_shapes', 'empty_experts', 'set_conversions_aside', 'align_tensors', 'SharedCoreQuantizer',
-           'mark_compressed', 'layer_folders', 'split_state', 'check_output', 'sync', 'install_directory',
-           'atomic_directory', 'sha256', 'write_tensors', 'save_compressed_model', 'write_shards', 'write_records',
-           'write_model_files', 'write_metadata', 'read_metadata', 'verify_directory', 'offload_as_one',
-           'load_compressed_model', 'find_tokenizer', 'is_compressed']
+           'factor_shapes', 'empty_experts', 'set_conversions_aside', 'load_conversions', 'align_tensors',
+           'SharedCoreQuantizer', 'mark_compressed', 'layer_folders', 'projection_file', 'split_state', 'check_output',
+           'sync', 'install_directory', 'atomic_directory', 'sha256', 'write_tensors', 'save_compressed_model',
+           'write_shards', 'write_records', 'write_model_files', 'write_metadata', 'read_metadata', 'verify_directory',
+           'offload_as_one', 'model_class', 'bare_model', 'load_compressed_model', 'find_tokenizer', 'is_compressed']
 
 # %% ../nbs/06_checkpoint.ipynb #599d2f4a
 import copy
@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, apply_converters, revert_weight_conversion
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_converters, apply_renamings, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -69,7 +69,7 @@ def compressed_experts(model: nn.Module) -> dict[str, SharedCoreExperts]:
 # %% ../nbs/06_checkpoint.ipynb #18ddc077
 def factor_shapes(experts: SharedCoreExperts) -> dict[str, dict[str, list[int]]]:
     "Shape of every tensor of every projection: what `SharedCoreConfig.modules` holds for one layer."
-    return {name: {tensor: list(value.shape) for tensor, value in getattr(experts, name).state_dict().items()} for name in ("gate", "up", "down")}
+    return {name: {tensor: list(value.shape) for tensor, value in module.state_dict().items()} for name in ("gate", "up", "down") if (module := getattr(experts, name)) is not None}
 
 # %% ../nbs/06_checkpoint.ipynb #800237e0
 def empty_experts(original: nn.Module, shapes: dict[str, dict[str, list[int]]]) -> SharedCoreExperts:
@@ -96,6 +96,19 @@ def set_conversions_aside(model: nn.Module) -> None:
     if not hasattr(model, "_all_weight_conversions"): model._all_weight_conversions = getattr(model, "_weight_conversions", None)
     model._weight_conversions = [conversion for conversion in conversions if not serves_experts(conversion)]
 
+# %% ../nbs/06_checkpoint.ipynb #8b50acfc
+def load_conversions(model: nn.Module, conversions: list | None = None) -> list:
+    "The conversions (those of transformers, unless given) by which `model` reads a checkpoint, kept off the tensors of its compressed experts."
+    conversions = get_model_conversion_mapping(model) if conversions is None else conversions
+    names = [f"{name}.{key}" for name, experts in compressed_experts(model).items() for key in experts.state_dict()]
+    if not names: return conversions
+    def touches(conversion): return isinstance(conversion, WeightConverter) and any(copy.deepcopy(conversion).rename_source_key(name)[1] for name in names)
+    kept = [conversion for conversion in conversions if not touches(conversion)]
+    back = [c.reverse_transform() for c in get_model_conversion_mapping(model, add_legacy=False)[::-1] if isinstance(c, WeightRenaming) and not isinstance(c, PrefixChange)]
+    forth = [copy.deepcopy(c) for c in kept if isinstance(c, WeightRenaming) and not isinstance(c, PrefixChange)]
+    read = {name: apply_renamings(apply_renamings(name, back), forth) for name in names}
+    return kept + [WeightRenaming(re.escape(wrong), name) for name, wrong in read.items() if wrong != name]
+
 # %% ../nbs/06_checkpoint.ipynb #dc2849db
 def align_tensors(model: nn.Module) -> None:
     "Move tensors of `model` that are on the CPU to multiples of 64 bytes, where PyTorch puts its own."
@@ -114,6 +127,8 @@ class SharedCoreQuantizer(HfQuantizer):
 
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized: raise ValueError("from_pretrained loads compressed models, it does not compress: use moe_nb.compress_model")
+
+    def update_weight_conversions(self, weight_conversions, model): return load_conversions(model, super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if checkpoint_files: checkpoint_files.sort(key=lambda file: file.count(os.sep))  # offloading to disk looks for all files beside the first, so that is not to be in a subfolder
@@ -148,7 +163,6 @@ def mark_compressed(model: nn.Module,  # With `SharedCoreExperts` in place
 METADATA = "compressed_metadata.json"
 SUFFIXES = {"safetensors": ".safetensors", "pt": ".pt"}
 INDEXES = {"safetensors": "model.safetensors.index.json", "pt": "pytorch_model.bin.index.json"}
-_FILES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 def layer_folders(names: list[str]) -> dict[str, str]:
@@ -160,6 +174,15 @@ def layer_folders(names: list[str]) -> dict[str, str]:
     numbers = [re.search(r"\.(\d+)\.", name) for name in names]
     if not all(numbers) or len({n[1] for n in numbers}) < len(names): return {name: f"layer_{i}" for i, name in enumerate(names)}
     return {name: f"layer_{number[1]}" for name, number in zip(names, numbers)}
+
+# %% ../nbs/06_checkpoint.ipynb #6f46b938
+def projection_file(name: str) -> str:
+    """The file of a tensor of an experts module, without suffix; what comes after down lies with it.
+
+    >>> projection_file("gate.core"), projection_file("gate_up_proj_bias"), projection_file("up.core"), projection_file("post_expert_norm.weight")
+    ('gate_proj', 'gate_proj', 'up_proj', 'down_proj')
+    """
+    return "gate_proj" if name.startswith("gate") else "up_proj" if name.startswith("up") else "down_proj"
 
 # %% ../nbs/06_checkpoint.ipynb #766733c6
 def split_state(model: nn.Module,
@@ -176,8 +199,7 @@ def split_state(model: nn.Module,
         owner = next((module for module in folders if name.startswith(module + ".")), None)
         file = "non_moe_weights"
         if owner:
-            part = name[len(owner) + 1:].split(".")[0]
-            file = f"{folders[owner]}/{_FILES.get(part) or (part if part in _FILES.values() else 'gate_proj')}"
+            file = f"{folders[owner]}/{projection_file(name[len(owner) + 1:])}"
         files.setdefault(file, {})[name] = tensor
     return {file: revert_weight_conversion(model, tensors) for file, tensors in files.items()}
 
@@ -341,6 +363,17 @@ def offload_as_one(model: nn.Module) -> None:
         remove_hook_from_module(experts, recurse=True)
         add_hook_to_module(experts, AlignDevicesHook(execution_device=hook.execution_device, offload=True, weights_map=weights, place_submodules=True))
 
+# %% ../nbs/06_checkpoint.ipynb #ac9c62a6
+def model_class(config) -> type:
+    "The class of transformers that `config` names as its architecture; `AutoModelForCausalLM` where it names none of them."
+    return getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+
+# %% ../nbs/06_checkpoint.ipynb #8a45407f
+def bare_model(config, dtype: torch.dtype) -> nn.Module:
+    "A model of that class, in evaluation mode, its weights as they come; under `init_empty_weights` or on the meta device it takes no memory."
+    chosen = model_class(config)
+    return (chosen.from_config if chosen is AutoModelForCausalLM else chosen._from_config)(config, dtype=dtype).eval()
+
 # %% ../nbs/06_checkpoint.ipynb #c7f5c4ce
 def load_compressed_model(path: str | Path,  # A compressed directory
                           original_model_name: str | None = None,  # Accepted for what a directory lacks; ours lack nothing
@@ -353,11 +386,9 @@ def load_compressed_model(path: str | Path,  # A compressed directory
     "Load a compressed model, strictly: every file intact, every parameter found, none left over."
     if verify not in ("sha256", "size"): raise ValueError(f"verify must be 'sha256' or 'size'; got {verify!r}")
     metadata = verify_directory(path, hashes=verify == "sha256")
-    config = AutoConfig.from_pretrained(path)
-    model_class = getattr(transformers, config.architectures[0], AutoModelForCausalLM)
     try:
-        model, report = model_class.from_pretrained(path, device_map=device_map, dtype=dtype or "auto", output_loading_info=True,
-                                                    use_safetensors=metadata["weights_format"] == "safetensors", **kwargs)
+        model, report = model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, device_map=device_map, dtype=dtype or "auto", output_loading_info=True,
+                                                                                    use_safetensors=metadata["weights_format"] == "safetensors", **kwargs)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: a .pt file holds more than tensors and was not executed ({str(error).splitlines()[0]})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

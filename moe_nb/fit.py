@@ -199,13 +199,13 @@ class Group:
 
 # %% ../nbs/04_fit.ipynb #fb3ea857
 def make_group(X_BEfd: torch.Tensor, moments: Moments | None = None, down_Efd: torch.Tensor | None = None) -> Group:
-    "The group of gate and up (`down_Efd` given: its sensitivity) or of down, weighted by `moments`; unweighted without them."
+    "The group of gate and up, or what there is of them (`down_Efd` given: their sensitivity), or of down, weighted by `moments`; unweighted without them."
     B, E, f, d = X_BEfd.shape
     X_Emd = X_BEfd.transpose(0, 1).reshape(E, B * f, d)
     if moments is None: return Group(X_Emd=X_Emd, blocks=B)
-    if B == 1: A_Emm, B_Edd = expert_weights(moments) * shrunk_mean(moments.hidden, moments), torch.eye(d, device=X_Emd.device).expand(E, d, d)
+    if down_Efd is None: A_Emm, B_Edd = expert_weights(moments) * shrunk_mean(moments.hidden, moments), torch.eye(d, device=X_Emd.device).expand(E, d, d)
     else:
-        A_Emm = (down_Efd.float() @ down_Efd.float().mT).repeat(1, 2, 2) * shrunk_mean(moments.slopes, moments)
+        A_Emm = (down_Efd.float() @ down_Efd.float().mT).repeat(1, B, B) * shrunk_mean(moments.slopes, moments)
         B_Edd = expert_weights(moments) * shrunk_mean(moments.inputs, moments)
     return Group(X_Emd=X_Emd, blocks=B, A_Emm=torch.linalg.cholesky(A_Emm), B_Edd=torch.linalg.cholesky(B_Edd), weight=moments.sensitivity)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from .checkpoint import INDEXES
+from .checkpoint import INDEXES, bare_model
 from .compress import CompressionConfig, check_work, group_weights, projection_groups, selected_experts, stored_parameters
+from .experts import read_experts
 from .fit import directions_to_find, fit_operations, make_group
 from .layerwise import decoder_layers
 
@@ -29,7 +30,7 @@ from .layerwise import decoder_layers
 def described_model(source: str | Path) -> nn.Module:
     "The model that `config.json` of a directory or hub id describes, without weights."
     config = AutoConfig.from_pretrained(source)
-    with init_empty_weights(): model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16).eval()
+    with init_empty_weights(): model = bare_model(config, config.dtype or torch.bfloat16)
     model.tie_weights()
     return model
 
@@ -50,7 +51,7 @@ LIBRARIES = 5e8  # Bytes of a process that has loaded everything but a model
 def peak_bytes(experts: dict[str, nn.Module], calibrated: bool) -> float:
     "Most memory of one process; without data the factor is measured (experiments/streaming)."
     largest = max(experts.values(), key=layer_bytes)
-    E, d, f = largest.down_proj.shape
+    E, d, f = read_experts(largest)["down_proj"].shape
     return LIBRARIES + 5.5 * layer_bytes(largest) + (3 * 4 * E * (d * d + 5 * f * f) if calibrated else 0)
 
 # %% ../nbs/07b_plan.ipynb #90b04f8d
@@ -58,7 +59,7 @@ def operations(experts: dict[str, nn.Module], config: CompressionConfig, calibra
     "Floating-point operations of all fits under a budget."
     total = 0.
     for module in experts.values():
-        for projections in projection_groups(config):
+        for projections in projection_groups(config, module):
             B, E, f, d = group_weights(module, projections).shape
             group = make_group(torch.empty(B, E, f, d, device="meta"))
             count = None if calibrated else directions_to_find(group, config.ratio * group.X_Emd.numel())
@@ -80,7 +81,7 @@ def calibration_bytes(model: nn.Module, experts: dict[str, nn.Module], tokens: i
     "Disk that a calibration with `tokens` tokens takes until the run is complete."
     layers, total = len(decoder_layers(model)), 0
     for module in experts.values():
-        E, d, f = module.down_proj.shape
+        E, d, f = read_experts(module)["down_proj"].shape
         directions = min(2 * f, d) * (2 * f + d) + min(f, d) * (f + d)  # of gate and up, of down
         total += 2 * layer_bytes(module) + 4 * E * (2 * d * d + 5 * f * f + directions) + 2 * tokens * d * model.dtype.itemsize
     return total + 2 * (layers + 1) * tokens * d * model.dtype.itemsize
@@ -120,7 +121,7 @@ def make_plan(source: str | Path,  # Directory or hub id; its configuration is e
     experts = selected_experts(model, config)
     check_work(experts, config, calibrated)
     total, before = sum(p.numel() for p in model.parameters()), sum(stored_parameters(module) for module in experts.values())
-    fitted = sum(group_weights(module, projections).numel() for module in experts.values() for projections in projection_groups(config))
+    fitted = sum(group_weights(module, projections).numel() for module in experts.values() for projections in projection_groups(config, module))
     stored = before - fitted + int(config.ratio * fitted)
     itemsize, work = getattr(torch, config.dtype or str(model.dtype).split(".")[1]).itemsize, operations(experts, config, calibrated)
     out = (total - before + stored) * itemsize

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .calibrate import batches
+from .experts import routing
 from .shared_core import SharedCore, SharedCoreExperts
 
 # %% ../nbs/04b_refine.ipynb #afe35f80
@@ -30,7 +31,7 @@ def record_layers(model: nn.Module, calibration: Iterable[torch.Tensor], names: 
     "Records of the experts modules `names` over all tokens of `calibration`, from one forward pass."
     calls, handles = {name: [] for name in names}, []
     for name in calls:
-        def after(module, args, output, name=name): calls[name].append((*args[:3], output))
+        def after(module, args, output, name=name): calls[name].append((*routing(module, *args[:3]), output))
         handles.append(model.get_submodule(name).register_forward_hook(after))
     try:
         for ids_BL in batches(calibration): model(ids_BL.to(model.device), use_cache=False, logits_to_keep=1)
@@ -80,3 +81,4 @@ def descend(experts: SharedCoreExperts, record: LayerRecord, *, steps: int, batc
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    experts.zero_grad()  # biases and norms are not fitted

@@ -25,13 +25,12 @@ from accelerate import PartialState, init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers import AutoConfig, GenerationConfig
 from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 
-from .checkpoint import INDEXES, install_directory, sync
+from .checkpoint import INDEXES, bare_model, install_directory, load_conversions, sync
 
 # %% ../nbs/06a_shards.ipynb #fd4ec134
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
@@ -132,7 +131,7 @@ def load_tensors(model: nn.Module,  # On the meta device, at least the part that
                  tensors: dict,  # Names of the checkpoint -> tensors, which may be lazy, complete for each parameter they are part of
                  device: str = "cpu"):
     "Load `tensors` into `model`, through transformers' converters; returns what they report. Wrong shapes raise."
-    options = LoadStateDictConfig(device_map={"": device}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model))
+    options = LoadStateDictConfig(device_map={"": device}, dtype=model.dtype, weight_mapping=load_conversions(model))
     used = getattr(model, "_weight_conversions", None)
     report, _ = convert_and_load_state_dict_in_model(model, tensors, options)
     if used is not None: model._weight_conversions = used
@@ -144,11 +143,11 @@ def load_tensors(model: nn.Module,  # On the meta device, at least the part that
 
 # %% ../nbs/06a_shards.ipynb #c978a123
 def empty_model(folder: Path, tensors: dict) -> nn.Module:
-    "The causal language model of `folder` on the meta device; raises unless `tensors` are exactly its tensors."
+    "The model of `folder` on the meta device; raises unless `tensors` are exactly its tensors."
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None): del config.quantization_config
     dtype = config.dtype or next(iter(tensors.values())).dtype
-    with init_empty_weights(): model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with init_empty_weights(): model = bare_model(config, dtype)
     shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
     report = load_tensors(model, shapes, "meta")
     model.tie_weights(missing_keys=report.missing_keys)
@@ -160,7 +159,7 @@ def empty_model(folder: Path, tensors: dict) -> nn.Module:
 # %% ../nbs/06a_shards.ipynb #3bd54a25
 def runtime_names(model: nn.Module, names) -> dict[str, str]:
     "Name in the checkpoint -> name of the parameter or buffer of `model` that it is part of; those that no one loads are left out."
-    conversions, state, prefix = get_model_conversion_mapping(model), model.state_dict(), model.base_model_prefix
+    conversions, state, prefix = load_conversions(model), model.state_dict(), model.base_model_prefix
     renamings, converters = ([c for c in conversions if isinstance(c, kind)] for kind in (WeightRenaming, WeightConverter))
     def renamed(name, *rules): return rename_source_key(name, *rules, prefix, state)[0]
     found = {name: renamed(name, renamings, converters) for name in names}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .experts import PROJECTIONS, read_experts, write_experts
+from .experts import PROJECTIONS, gated, layout_of, routing, write_experts
 
 # %% ../nbs/02_shared_core.ipynb #2ec95fa4
 class ExpertFactors(NamedTuple):
@@ -153,59 +153,77 @@ def pairs_by_expert(top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
         if len(token_p): yield expert, token_p, slot_p
 
 # %% ../nbs/02_shared_core.ipynb #7c0ce6d4
-def emptied(experts: nn.Module) -> nn.Module:
+def emptied(experts: nn.Module,
+            children: dict[str, nn.Module]  # In place of its own
+           ) -> nn.Module:
     "A shallow copy of `experts` whose own parameters are on the meta device; `experts` itself is not touched."
     shell = copy.copy(experts)
     shell._parameters = {name: nn.Parameter(torch.empty_like(p, device="meta")) for name, p in experts._parameters.items()}
+    shell._modules = children
     return shell
 
 # %% ../nbs/02_shared_core.ipynb #57b9c4fd
 class SharedCoreExperts(nn.Module):
     """Experts of one layer around shared cores; takes the place of `original`, an experts module of transformers.
 
-    `gate`, `up`, `down`: `SharedCore` or `Uncompressed`; `up` may lack V and use that of `gate`. Differentiable in all factors."""
+    `gate`, `up`, `down`: `SharedCore` or `Uncompressed`, no `gate` where `original` has none; `up` may lack V and use that of `gate`.
+    Biases and submodules of `original` are kept as they are. Differentiable in all of it."""
 
-    def __init__(self, original: nn.Module, *, gate: nn.Module, up: nn.Module, down: nn.Module):
+    def __init__(self, original: nn.Module, *, gate: nn.Module | None = None, up: nn.Module, down: nn.Module):
         super().__init__()
-        self.num_experts = original.num_experts
-        self.gate, self.up, self.down, self.act_fn = gate, up, down, original.act_fn
-        object.__setattr__(self, "template", emptied(original))  # not a submodule: it has no parameters of ours
-        for name, parameter in original.named_parameters(recurse=False):
-            self.register_buffer(name, torch.tensor(parameter.shape))
+        self.num_experts, self.layout = len(original.down_proj), layout_of(original)
+        self.gate, self.up, self.down = gate, up, down
+        children = {name: copy.deepcopy(child) for name, child in original.named_children()}
+        for name, child in children.items(): self.add_module(name, child)
+        object.__setattr__(self, "template", emptied(original, children))  # not a submodule: it has no parameters of ours
+        for name in self.layout.weights: self.register_buffer(name, torch.tensor(getattr(original, name).shape))
+        for name in self.layout.biases: self.register_parameter(name, nn.Parameter(getattr(original, name).detach().clone()))
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def projections(self) -> dict[str, nn.Module]:
+        "Name of the projection -> its factors."
+        return {name: module for name, module in zip(PROJECTIONS, (self.gate, self.up, self.down)) if module is not None}
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor | None = None, top_k_weights: torch.Tensor | None = None) -> torch.Tensor:
         "Weighted sum of the chosen experts: `[T, d]`, `[T, K]`, `[T, K]` -> `[T, d]`, in the data type of `hidden_states`."
         if next(self.parameters()).is_meta and not hidden_states.is_meta: raise ValueError("the experts have no weights here: a model that is partly offloaded is loaded by load_compressed_model")
+        hidden_states, top_k_index, top_k_weights = routing(self.template, hidden_states, top_k_index, top_k_weights)
         token_P, slot_P, counts = sorted_pairs(top_k_index, self.num_experts)
         active = [e for e, count in enumerate(counts) if count] or [0]
-        gates, ups, downs = self.gate.experts(chosen=active), self.up.experts(self.gate, active), self.down.experts(chosen=active)
         def by_expert(value_Pn): return value_Pn.split([counts[e] for e in active])
-        x_Pd, zg_Pf, zu_Pf = hidden_states[token_P], self.gate.to_narrow(hidden_states)[token_P], self.up.to_narrow(hidden_states)[token_P]
-        gate_up_P2f = torch.cat([torch.cat([gate.inner(zg_pf, x_pd), up.inner(zu_pf, x_pd)], dim=-1)
-                                 for gate, up, x_pd, zg_pf, zu_pf in zip(gates, ups, by_expert(x_Pd), by_expert(zg_Pf), by_expert(zu_Pf))])
-        h_Pf, y_Pd = map(torch.cat, zip(*(down.outer(h_pf) for down, h_pf in zip(downs, by_expert(self.template._apply_gate(gate_up_P2f))))))
+        def inner(core): return torch.cat([expert.inner(z_pf, x_pd) for expert, z_pf, x_pd in zip(core.experts(self.gate, active), by_expert(core.to_narrow(hidden_states)[token_P]), by_expert(x_Pd))])
+        x_Pd, bias, down_bias = hidden_states[token_P], *self.pair_biases(top_k_index, token_P, slot_P)
+        a_Pf = gated(self.template, [inner(core) for core in (self.gate, self.up) if core is not None], bias)
+        h_Pf, y_Pd = map(torch.cat, zip(*(down.outer(h_pf) for down, h_pf in zip(self.down.experts(chosen=active), by_expert(a_Pf)))))
+        if down_bias is not None: y_Pd = y_Pd + down_bias
+        if self.layout.has_post_expert_norm: h_Pf, y_Pd = torch.zeros_like(h_Pf), self.post_expert_norm(self.down.to_wide(h_Pf) + y_Pd)
         wide_dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # sums over experts are not rounded to bf16 one by one
         weight_P1 = top_k_weights[token_P, slot_P, None].to(wide_dtype)
         h_Tf, y_Td = (hidden_states.new_zeros(len(hidden_states), value_Pn.shape[1], dtype=wide_dtype).index_add(0, token_P, weight_P1 * value_Pn) for value_Pn in (h_Pf, y_Pd))
+        if self.layout.has_identity: y_Td = y_Td + (top_k_weights * (top_k_index >= self.num_experts)).sum(1, keepdim=True) * hidden_states
         return (self.down.to_wide(h_Tf.to(hidden_states.dtype)) + y_Td).to(hidden_states.dtype)
+
+    def pair_biases(self, top_k_index: torch.Tensor, token_P: torch.Tensor, slot_P: torch.Tensor) -> list[torch.Tensor | None]:
+        "Of both layers, for every pair, if the experts have any."
+        return [getattr(self, name)[top_k_index[token_P, slot_P]] for name in self.layout.biases] or [None, None]
 
     @torch.no_grad()
     def materialize(self, chosen: list[int] | None = None) -> dict[str, torch.Tensor]:
-        "Full weights of all experts or of each `chosen` one in canonical form, `{'gate_proj': [E, f, d], 'up_proj': [E, f, d], 'down_proj': [E, d, f]}`."
-        return dict(zip(PROJECTIONS, (self.gate.weights(None, chosen), self.up.weights(self.gate, chosen), self.down.weights(None, chosen, transposed=True))))
+        "Full weights of all experts or of each `chosen` one in canonical form, `{'gate_proj': [E, f, d], 'up_proj': [E, f, d], 'down_proj': [E, d, f]}`, as `read_experts` gives them."
+        return {name: module.weights(self.gate, chosen, transposed=module is self.down) for name, module in self.projections().items()}
 
     def wrappers(self, projection: str) -> list[Wrappers]:
         "The literal core, U_in, V_in, U_out, V_out of each expert of `projection` (one of `PROJECTIONS`), which must be compressed."
-        module = dict(zip(PROJECTIONS, (self.gate, self.up, self.down)))[projection]
+        module = self.projections().get(projection)
         if not isinstance(module, SharedCore): raise ValueError(f"{projection} is not compressed: it has no wrappers")
         return [wrappers(module.core, expert, transposed=module is self.down) for expert in module.experts(self.gate)]
 
 # %% ../nbs/02_shared_core.ipynb #36ed0382
+@torch.no_grad()
 def materialized(experts: SharedCoreExperts, chosen: list[int] | None = None) -> nn.Module:
     "A module of the original class holding the materialised weights of all experts or of each `chosen` one, in the data type and on the device of the factors."
-    weights = experts.materialize(chosen)
-    original = copy.copy(experts.template)
-    original._parameters = {name: nn.Parameter(torch.empty_like(p if chosen is None else p[:len(chosen)], dtype=weights["gate_proj"].dtype, device=weights["gate_proj"].device))
-                            for name, p in experts.template.named_parameters(recurse=False)}
+    weights, original = experts.materialize(chosen), copy.copy(experts.template)
+    like, rows = weights["down_proj"], slice(None) if chosen is None else chosen
+    original._parameters = {name: nn.Parameter(torch.zeros_like(p if chosen is None else p[:len(chosen)], dtype=like.dtype, device=like.device)) for name, p in experts.template.named_parameters(recurse=False)}
     write_experts(original, weights)
+    for name in experts.layout.biases: getattr(original, name).copy_(getattr(experts, name)[rows])
     return original

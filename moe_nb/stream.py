@@ -27,9 +27,9 @@ from transformers.core_model_loading import dot_natural_key
 
 from .checkpoint import (METADATA, SUFFIXES, check_output, empty_experts, factor_shapes, find_tokenizer, layer_folders, mark_compressed,
                                set_conversions_aside, split_state, write_metadata, write_records, write_shards, write_tensors)
-from .compress import (CompressionConfig, CompressionStatistics, align_layer, check_finite, check_work, compressed_layer, compression_record, experts_per_token, fit_layer, group_weights,
-                             layer_record, projection_groups, sample, samples_digest, selected_experts, stored_parameters, stored_statistics, summarize, versions)
-from .experts import find_experts, read_experts
+from .compress import (CompressionConfig, CompressionStatistics, align_layer, check_sources, check_work, compressed_layer, compression_record, experts_per_token, fit_layer, group_weights,
+                             layer_record, projection_groups, sample, samples_digest, selected_experts, stored_parameters, stored_statistics, summarize, versions, weighted_group)
+from .experts import find_experts
 from .fit import Group, allocate, fit_round, make_group, pack_group
 from .layerwise import decoder_layers, layerwise_moments, moments_file, read_moments, read_record, read_tensors
 from .refine import LayerRecord
@@ -81,8 +81,8 @@ def compress_layer(stream: Stream, name: str, config: CompressionConfig, folder:
     "Read, fit and write one layer; returns its record. With `prepared` the fit is there already, and is refined."
     times, experts = [time.time()], stream.experts[name]
     load_part(stream, name, device)
-    check_finite({name: experts})
-    samples = {f"{name}.{key}": sample(f"{name}.{key}", value) for key, value in experts.named_parameters(recurse=False)}
+    check_sources({name: experts})
+    samples = {f"{name}.{key}": sample(f"{name}.{key}", value) for key, value in experts.named_parameters()}
     times.append(time.time())
     cores, record, unseen = (fit_layer(experts, config), None, []) if prepared is None else prepared.layer(name, experts, config)
     compressed, errors = compressed_layer(experts, cores, record, config)
@@ -104,7 +104,7 @@ def rest_shapes(stream: Stream, dtype: str | None) -> dict[str, torch.Tensor]:
     "Name -> meta tensor of all that is not compressed, in the order of `save_compressed_model`."
     alone, ours = left_alone(stream), tuple(f"{name}." for name in (*stream.experts, *left_alone(stream)))
     sources = {name: stream.tensors[name] for name, new in stream.names.items() if not new.startswith(ours)}
-    sources |= {f"{name}.{key}": value for name in alone for key, value in stream.model.get_submodule(name).named_parameters(recurse=False)}
+    sources |= {f"{name}.{key}": value for name in alone for key, value in stream.model.get_submodule(name).named_parameters()}
     def kept(value): return getattr(torch, dtype) if dtype and value.dtype.is_floating_point else value.dtype
     return {name: torch.empty(sources[name].shape, dtype=kept(sources[name]), device="meta") for name in sorted(sources, key=dot_natural_key)}
 
@@ -118,7 +118,7 @@ def copy_rest(stream: Stream, config: CompressionConfig, folder: Path, weights_f
         if name in stream.tensors: copy_tensor(stream.tensors[name], *places[name], shapes[name].dtype)
     for module in left_alone(stream):
         load_part(stream, module, "cpu")
-        for key, value in stream.model.get_submodule(module).named_parameters(recurse=False): write_at(*places[f"{module}.{key}"], tensor_bytes(value.to(shapes[f"{module}.{key}"].dtype)))
+        for key, value in stream.model.get_submodule(module).named_parameters(): write_at(*places[f"{module}.{key}"], tensor_bytes(value.to(shapes[f"{module}.{key}"].dtype)))
         release(stream.model.get_submodule(module))
     return as_pickles(folder, shards.tensor_to_filename) if weights_format == "pt" else shards.tensor_to_filename
 
@@ -146,9 +146,10 @@ def layer_loaded(stream: Stream, name: str, config: CompressionConfig, folder: P
     "A decoder layer with its weights, the experts aligned; aligned ones are kept in `folder`, since every pass needs the same."
     layer = stream.model.get_submodule(name)
     load_part(stream, name, device)
-    for experts in (module for key, module in stream.experts.items() if key.startswith(f"{name}.")):
-        check_finite({name: experts})
-        load_aligned(experts, config, folder / f"aligned-{name}.safetensors")
+    for key, experts in stream.experts.items():
+        if not key.startswith(f"{name}."): continue
+        check_sources({key: experts})
+        load_aligned(experts, config, folder / f"aligned-{key}.safetensors")
     layer.requires_grad_(False)
     try: yield
     finally: release(layer)
@@ -193,7 +194,7 @@ class Prepared:
     found: dict[str, dict]  # Of `layerwise_moments`, by experts module
     ranks: dict[str, list[int]]  # Of each group, by the name of its folder
 
-    def aligned(self, name: str) -> Path: return self.folder / f"aligned-{name.rsplit('.', 2)[0]}.safetensors"
+    def aligned(self, name: str) -> Path: return self.folder / f"aligned-{name}.safetensors"
 
     def group_folder(self, name: str, projections: list[str]) -> Path: return self.folder / f"group-{self.indices[name]}-{projections[0]}"
 
@@ -201,7 +202,7 @@ class Prepared:
         "Cores, record for the refinement and unseen experts of one layer; its `experts` become the aligned ones."
         load_aligned(experts, config, self.aligned(name))
         cores = {}
-        for projections in projection_groups(config):
+        for projections in projection_groups(config, experts):
             group = make_group(group_weights(experts, projections))
             for file in ("fixed", f"state-{config.rounds - 1}"):
                 for key, value in read_tensors(self.group_folder(name, projections) / f"{file}.safetensors", group.X_Emd.device).items(): setattr(group, key, value)
@@ -218,15 +219,15 @@ def read_prepared(work: Path, rounds: int = 0) -> Prepared:
 # %% ../nbs/07a_stream.ipynb #aa309c0c
 def store_groups(stream: Stream, name: str, config: CompressionConfig, prepared: Prepared, device: torch.device) -> None:
     "Write the weights and metrics of the groups of one layer, unless they are there; its moments are not needed after that."
-    folders = {projections[0]: prepared.group_folder(name, projections) / "fixed.safetensors" for projections in projection_groups(config)}
-    if all(file.is_file() for file in folders.values()): return
     experts = stream.experts[name]
+    files = {tuple(projections): prepared.group_folder(name, projections) / "fixed.safetensors" for projections in projection_groups(config, experts)}
+    if all(file.is_file() for file in files.values()): return
     load_part(stream, name, device)
     load_aligned(experts, config, prepared.aligned(name))
     moments = read_moments(prepared.folder, prepared.indices[name], prepared.found[name], device)
-    for projections in projection_groups(config):
-        group = make_group(group_weights(experts, projections), moments, read_experts(experts)["down_proj"].mT)
-        write_whole(folders[projections[0]], {key: getattr(group, key) for key in FIXED})
+    for projections, file in files.items():
+        group = weighted_group(experts, list(projections), moments)
+        write_whole(file, {key: getattr(group, key) for key in FIXED})
     moments_file(prepared.folder, prepared.indices[name]).unlink()
     release(experts)
 
@@ -237,10 +238,11 @@ def fit_stored(stream: Stream, config: CompressionConfig, work: Path) -> None:
     mine = list(stream.experts)[state.process_index::state.num_processes]
     for name in mine if not finished_piece(work, "round-0") else (): store_groups(stream, name, config, prepared, state.device)
     for name, experts in stream.experts.items():
-        for projections in projection_groups(config):
+        for projections in projection_groups(config, experts):
             groups[prepared.group_folder(name, projections)] = name, replace(make_group(group_weights(experts, projections)), weight=prepared.found[name]["sensitivity"])
     original = sum(group.X_Emd.numel() for _, group in groups.values())
-    for round in tqdm(range(config.rounds), desc="fitting", unit="round", disable=not state.is_main_process, leave=False):
+    rounds = range(config.rounds)
+    for round in tqdm(rounds, desc="fitting", unit="round", leave=False) if state.is_main_process else rounds:
         done = finished_piece(work, f"round-{round}")
         if done:
             for folder, (_, group) in groups.items(): group.ranks_E = torch.tensor(done["ranks"][folder.name], device=state.device)
