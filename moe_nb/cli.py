@@ -16,31 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-import torch
-import yaml
-from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from transformers.utils import logging
-
-from .async_eval import CheckpointEvaluator, EvaluationFeedback, ending_orderly
-from .calibrate import read_texts, self_sequences, token_sequences
-from .checkpoint import METADATA, check_output, find_tokenizer, load_compressed_model, read_metadata, save_compressed_model
-from .compress import CompressionConfig, compress_model
-from .distill import DistillationConfig
-from .distill import distill as run_distillation
-from .eval_queue import EvaluationConfig, results_table
-from .evaluate import evaluate_model, perplexity
-from .export import EXPORT_RECORD, export_to_hf_format
-from .plan import check_disk, make_plan, outcome
-from .plots import plot_frontier
-from .shards import processes
-from .stream import compress_checkpoint
-from .tiny import load_tiny, tiny_path, tiny_text
-
 # %% ../nbs/13_cli.ipynb #b7e84aa8
 def config_flags(path: str) -> list[str]:
     "The values of a YAML file as command-line flags."
+    import yaml
+
     values = yaml.safe_load(Path(path).read_text())
     if not isinstance(values, dict): raise ValueError(f"{path}: expected a YAML mapping of flags to values, found {type(values).__name__}")
     return [part for name, value in values.items() if value is not None
@@ -52,6 +32,8 @@ def parse(argv: list[str],  # Flags, without the name of the command
           *classes: type  # Dataclasses whose fields are the flags
          ) -> tuple:
     "One instance of each class, from `argv` and the file that `--config` names."
+    from transformers import HfArgumentParser
+
     argv = list(argv)
     if "--config" in argv:
         at = argv.index("--config")
@@ -60,8 +42,11 @@ def parse(argv: list[str],  # Flags, without the name of the command
     return HfArgumentParser(classes, prog=f"moe-nb {command}", description=COMMANDS[command].__doc__).parse_args_into_dataclasses(argv)
 
 # %% ../nbs/13_cli.ipynb #8543833f
-def text_sequences(tokenizer, source: str, column: str, tokens: int, length: int = 256) -> list[torch.Tensor] | None:
+def text_sequences(tokenizer, source: str, column: str, tokens: int, length: int = 256) -> list | None:
     "Token sequences of the text that `--calibration` names; None where it names none."
+    from moe_nb.calibrate import read_texts, token_sequences
+    from moe_nb.tiny import tiny_text
+
     if source in ("none", "self"): return None
     if tokenizer is None: raise ValueError("the model has no tokenizer, so calibration text can not be read: add one, or pass --calibration self or none")
     texts = tiny_text("calibration") if source == "embedded" else read_texts(source, column)
@@ -81,6 +66,16 @@ class CompressArguments:
 
 def compress(argv: list[str]) -> None:
     "Compress a Mixture-of-Experts model and save it completely."
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    from moe_nb.calibrate import self_sequences
+    from moe_nb.checkpoint import METADATA, check_output, find_tokenizer, save_compressed_model
+    from moe_nb.compress import CompressionConfig, compress_model
+    from moe_nb.plan import check_disk, make_plan, outcome
+    from moe_nb.shards import processes
+    from moe_nb.stream import compress_checkpoint
+
     arguments, config = parse(argv, "compress", CompressArguments, CompressionConfig)
     check_output(Path(arguments.output_dir), METADATA)
     tokenizer = find_tokenizer(arguments.model)
@@ -104,6 +99,11 @@ def compress(argv: list[str]) -> None:
 # %% ../nbs/13_cli.ipynb #8f95b168
 def report(path: str | Path) -> str:
     "What a compressed directory holds, as text: totals, and a table of its layers."
+    import pandas as pd
+    import yaml
+
+    from moe_nb.checkpoint import read_metadata
+
     metadata, statistics = read_metadata(path), yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text())
     size = sum(file["size"] for file in metadata["files"].values())
     lines = [f"{path}: {size / 1e6:,.1f} MB in {len(metadata['files'])} files, format {metadata['format_version']} ({metadata['weights_format']})"]
@@ -138,6 +138,10 @@ class PlanArguments:
 
 def plan(argv: list[str]) -> None:
     "Say what a compression will take: memory, disk, operations, hours."
+    from moe_nb.compress import CompressionConfig
+    from moe_nb.plan import make_plan
+    from moe_nb.shards import processes
+
     arguments, config = parse(argv, "plan", PlanArguments, CompressionConfig)
     print(make_plan(arguments.model, config, processes=arguments.num_processes, calibration_tokens=arguments.calibration_tokens, device=processes().device))
 
@@ -152,6 +156,8 @@ class ExportArguments:
 
 def export(argv: list[str]) -> None:
     "Write a compressed model as a standard Hugging Face checkpoint, experts materialised."
+    from moe_nb.export import export_to_hf_format
+
     arguments, = parse(argv, "export", ExportArguments)
     print(export_to_hf_format(arguments.model, arguments.original_model_name, arguments.output_dir, dtype=arguments.dtype))
 
@@ -163,6 +169,13 @@ class FeedbackArguments:
 
 def distill(argv: list[str]) -> None:
     "Train a compressed model towards its original."
+    from accelerate import PartialState
+
+    from moe_nb.async_eval import EvaluationFeedback
+    from moe_nb.checkpoint import METADATA
+    from moe_nb.distill import DistillationConfig
+    from moe_nb.distill import distill as run_distillation
+
     config, feedback = parse(argv, "distill", DistillationConfig, FeedbackArguments)
     path = run_distillation(config, [EvaluationFeedback(feedback.patience)])
     if not PartialState().is_main_process: return
@@ -184,6 +197,10 @@ class EvaluateArguments:
 
 def evaluate(argv: list[str]) -> None:
     "Evaluate any model with lm-eval."
+    import pandas as pd
+
+    from moe_nb.evaluate import evaluate_model
+
     arguments, = parse(argv, "evaluate", EvaluateArguments)
     options = {name: getattr(arguments, name) for name in ("batch_size", "limit", "num_fewshot", "include_path", "device_map", "dtype")}
     results = evaluate_model(arguments.model, arguments.tasks, **options)
@@ -198,6 +215,9 @@ class WatchArguments:
 
 def watch(argv: list[str]) -> None:
     "Evaluate every checkpoint of a training while it goes on."
+    from moe_nb.async_eval import CheckpointEvaluator, ending_orderly
+    from moe_nb.eval_queue import EvaluationConfig, results_table
+
     arguments, config = parse(argv, "watch", WatchArguments, EvaluationConfig)
     with ending_orderly(): rows = (evaluator := CheckpointEvaluator(arguments.run, config)).run()
     print(results_table(rows).drop(columns="higher_is_better").round(4).to_string(index=False))
@@ -215,6 +235,9 @@ class DemoArguments:
 # %% ../nbs/13_cli.ipynb #4e0f4071
 def demo_scores(name: str, model, tokenizer, ratio: float, limit: int | None) -> dict:
     "One row of the demo's table: size, held-out perplexity, lm-eval scores."
+    from moe_nb.evaluate import evaluate_model, perplexity
+    from moe_nb.tiny import tiny_text
+
     start = time.time()
     tasks = evaluate_model(model, ["tiny_next_word", "tiny_perplexity"], tokenizer=tokenizer, limit=limit)
     row = dict(model=name, ratio=ratio, perplexity=perplexity(model, tokenizer, tiny_text("heldout")),
@@ -223,13 +246,20 @@ def demo_scores(name: str, model, tokenizer, ratio: float, limit: int | None) ->
     return row
 
 # %% ../nbs/13_cli.ipynb #d923c48b
-def demo_calibration(tokenizer) -> list[torch.Tensor]:
+def demo_calibration(tokenizer) -> list:
     "What weights the fits of the demo: the calibration split of the embedded text."
+    from moe_nb.calibrate import token_sequences
+    from moe_nb.tiny import tiny_text
+
     return token_sequences(tokenizer, tiny_text("calibration"))
 
 # %% ../nbs/13_cli.ipynb #286f8422
 def demo_points(arguments: DemoArguments, tokenizer) -> list[dict]:
     "Points of the figure beside the demo's own: other budgets, and two simpler fits at the demo's."
+    from moe_nb.compress import CompressionConfig, compress_model
+    from moe_nb.evaluate import perplexity
+    from moe_nb.tiny import load_tiny, tiny_text
+
     sequences = demo_calibration(tokenizer)
     runs = [("weighted fit", CompressionConfig(ratio=ratio), sequences) for ratio in arguments.ratios]
     runs += [("without calibration", CompressionConfig(ratio=arguments.ratio), None), ("plain recipe (Adam)", CompressionConfig(ratio=arguments.ratio, method="adam", steps=arguments.adam_steps), None)]
@@ -252,6 +282,15 @@ next, with your own model (a directory or a hub id):
 # %% ../nbs/13_cli.ipynb #6a0db44d
 def demo(argv: list[str]) -> None:
     "Compress, save, load, export and evaluate the embedded model; one table, one figure."
+    import pandas as pd
+    from transformers import AutoModelForCausalLM
+
+    from moe_nb.checkpoint import METADATA, check_output, load_compressed_model, save_compressed_model
+    from moe_nb.compress import CompressionConfig, compress_model
+    from moe_nb.export import EXPORT_RECORD, export_to_hf_format
+    from moe_nb.plots import plot_frontier
+    from moe_nb.tiny import load_tiny, tiny_path
+
     arguments, = parse(argv, "demo", DemoArguments)
     start, folder, (original, tokenizer) = time.time(), Path(arguments.output_dir), load_tiny()
     for name, marker in (("compressed", METADATA), ("exported", EXPORT_RECORD)): check_output(folder / name, marker)
@@ -277,6 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     "Entry point of `moe-nb`. An error of the user is one line on standard error and exit code 2."
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"): return print(USAGE)
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     try:
         if command not in COMMANDS: raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
