@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_sequences', 'CompressArguments', 'compress',
-           'report', 'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export',
-           'FeedbackArguments', 'distill', 'EvaluateArguments', 'evaluate', 'WatchArguments', 'watch', 'DemoArguments',
+           'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export', 'FeedbackArguments',
+           'distill', 'EvaluateArguments', 'repeat_command', 'evaluate', 'WatchArguments', 'watch', 'DemoArguments',
            'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #33ee9aa2
@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #b7e84aa8
@@ -73,6 +73,7 @@ def compress(argv: list[str]) -> None:
     from moe_nb.checkpoint import METADATA, check_output, find_tokenizer, save_compressed_model
     from moe_nb.compress import CompressionConfig, compress_model
     from moe_nb.plan import check_disk, make_plan, outcome
+    from moe_nb.report import report
     from moe_nb.shards import processes
     from moe_nb.stream import compress_checkpoint
 
@@ -96,37 +97,21 @@ def compress(argv: list[str]) -> None:
     print(f"\ncompressed in {statistics.seconds:.0f} s")
     if planned: print(outcome(planned, arguments.output_dir, statistics.seconds))
 
-# %% ../nbs/13_cli.ipynb #8f95b168
-def report(path: str | Path) -> str:
-    "What a compressed directory holds, as text: totals, and a table of its layers."
-    import pandas as pd
-    import yaml
-
-    from moe_nb.checkpoint import read_metadata
-
-    metadata, statistics = read_metadata(path), yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text())
-    size = sum(file["size"] for file in metadata["files"].values())
-    lines = [f"{path}: {size / 1e6:,.1f} MB in {len(metadata['files'])} files, format {metadata['format_version']} ({metadata['weights_format']})"]
-    if not statistics: return lines[0]
-    for kind in ("total", "active", "expert"):
-        before, after = (statistics[f"{kind}_params_{state}"] for state in ("original", "compressed"))
-        lines.append(f"{kind:>6} parameters  {before:>16,} -> {after:>16,}  {after / before:7.1%} of the original")
-    layers = pd.DataFrame([dict(layer=layer, parameters=record["params_compressed"], ratio=record["compression_ratio"], **{f"error {name}": error for name, error in record["relative_error"].items()},
-                                **({"error output": record["output_error"]["refined"], "experts without tokens": len(record["experts_without_tokens"])} if "output_error" in record else {}))
-                           for layer, record in statistics["layers"].items()])
-    return "\n".join([*lines, "", layers.round(4).to_string(index=False)])
-
 # %% ../nbs/13_cli.ipynb #0366a000
 @dataclass(frozen=True, kw_only=True)
 class InspectArguments:
     model: str = field(metadata={"help": "a compressed directory"})
+    figure: str | None = field(default=None, metadata={"help": "file for a picture of the ranks per layer and expert, and the errors per layer (.png, .pdf, .svg)"})
 
 
 def inspect(argv: list[str]) -> None:
-    "Show what a compressed directory holds."
+    "Show what a compressed directory holds: where the parameters went, and where the error sits."
+    from moe_nb.report import plot_report, report
+
     if argv and not argv[0].startswith("-"): argv = ["--model", *argv]
     arguments, = parse(argv, "inspect", InspectArguments)
     print(report(arguments.model))
+    if arguments.figure: plot_report(arguments.model).savefig(arguments.figure, dpi=150)
 
 # %% ../nbs/13_cli.ipynb #8a2db093
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +160,7 @@ def distill(argv: list[str]) -> None:
     from moe_nb.checkpoint import METADATA
     from moe_nb.distill import DistillationConfig
     from moe_nb.distill import distill as run_distillation
+    from moe_nb.report import report
 
     config, feedback = parse(argv, "distill", DistillationConfig, FeedbackArguments)
     path = run_distillation(config, [EvaluationFeedback(feedback.patience)])
@@ -195,16 +181,25 @@ class EvaluateArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file for the results"})
 
 
+def repeat_command(arguments: EvaluateArguments) -> str:
+    "The command that gives the same scores, in the directory of the model."
+    flags = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in ("model", "output", "device_map") and getattr(arguments, f.name) != f.default}
+    return " ".join(["moe-nb evaluate --model .", *(f"--{name} {Path(str(value)).name if name == 'include_path' else value}" for name, value in flags.items())])
+
+
 def evaluate(argv: list[str]) -> None:
     "Evaluate any model with lm-eval."
     import pandas as pd
 
-    from moe_nb.evaluate import evaluate_model
+    from moe_nb.checkpoint import METADATA
+    from moe_nb.evaluate import evaluate_model, record_scores
+    from moe_nb.export import EXPORT_RECORD
 
     arguments, = parse(argv, "evaluate", EvaluateArguments)
     options = {name: getattr(arguments, name) for name in ("batch_size", "limit", "num_fewshot", "include_path", "device_map", "dtype")}
     results = evaluate_model(arguments.model, arguments.tasks, **options)
     if arguments.output: Path(arguments.output).write_text(json.dumps(results, indent=2))
+    if any((Path(arguments.model) / marker).is_file() for marker in (METADATA, EXPORT_RECORD)): record_scores(arguments.model, results, repeat_command(arguments))
     print(pd.DataFrame(results).T.to_string())
 
 # %% ../nbs/13_cli.ipynb #a51c0de2
@@ -289,6 +284,7 @@ def demo(argv: list[str]) -> None:
     from moe_nb.compress import CompressionConfig, compress_model
     from moe_nb.export import EXPORT_RECORD, export_to_hf_format
     from moe_nb.plots import plot_frontier
+    from moe_nb.report import report
     from moe_nb.tiny import load_tiny, tiny_path
 
     arguments, = parse(argv, "demo", DemoArguments)

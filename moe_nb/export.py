@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from tqdm.auto import tqdm
@@ -23,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from .checkpoint import INDEXES, METADATA, check_output, compressed_experts, empty_experts, find_tokenizer, sha256, verify_directory
+from .checkpoint import INDEXES, METADATA, check_output, compressed_experts, empty_experts, find_tokenizer, sha256, verify_directory, write_card
 from .shards import (begin_job, complete_job, create_file, file_layout, finish_piece, finished_piece, load_tensors, open_source, part_of, parts_of, processes, release,
                            runtime_names, tensor_bytes, work_folder, write_at)
 from .shared_core import materialized
@@ -105,13 +106,15 @@ def begin_export(layout: Layout, compressed: Path, output: Path, options: dict) 
     finish_piece(work, "shards", [], {})
 
 # %% ../nbs/08_export.ipynb #6c7dbd20
-def finish_export(layout: Layout, folder: Path, compressed: Path, tokenizer) -> None:
+def finish_export(layout: Layout, folder: Path, compressed: Path, output: Path, tokenizer) -> None:
     "Write everything but the weights."
     records = folder.parent / "records"  # of their own, since save_pretrained removes shards that it did not write
     layout.model.save_pretrained(records, state_dict={})
     for file in records.iterdir(): file.replace(folder / file.name)
     if len(layout.shapes) > 1: (folder / INDEXES["safetensors"]).write_text(json.dumps(layout.index, indent=2, sort_keys=True) + "\n")
-    (folder / EXPORT_RECORD).write_text(json.dumps(json.loads((compressed / "compression_config.json").read_text()), indent=2))
+    record = json.loads((compressed / "compression_config.json").read_text())
+    (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=2))
+    write_card(folder, output, record, yaml.safe_load((compressed / "compression_statistics.yaml").read_text()) or {}, exported=True)
     if tokenizer is not None: tokenizer.save_pretrained(folder)
 
 # %% ../nbs/08_export.ipynb #3847bcb3
@@ -138,7 +141,7 @@ def export_to_hf_format(compressed_path: str | Path,  # A compressed directory
         finish_piece(work, part, spans, {}, digest)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish_export(layout, work / "result", compressed, find_tokenizer(compressed, original_model_name))
+        finish_export(layout, work / "result", compressed, output, find_tokenizer(compressed, original_model_name))
         complete_job(output)
     state.wait_for_everyone()
     return Path(output_path)
