@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_sequences', 'CompressArguments', 'compress',
            'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export', 'FeedbackArguments',
-           'distill', 'EvaluateArguments', 'repeat_command', 'evaluate', 'WatchArguments', 'watch', 'DemoArguments',
-           'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
+           'distill', 'EvaluateArguments', 'repeat_command', 'evaluate', 'WatchArguments', 'watch', 'NotebookArguments',
+           'notebook', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #33ee9aa2
 import json
@@ -218,6 +218,24 @@ def watch(argv: list[str]) -> None:
     print(results_table(rows).drop(columns="higher_is_better").round(4).to_string(index=False))
     for name, problem in evaluator.folder.failures().items(): print(f"not evaluated, now in eval_results/quarantine: {name}: {problem.splitlines()[0]}")
 
+# %% ../nbs/13_cli.ipynb #c4840f13
+@dataclass(frozen=True, kw_only=True)
+class NotebookArguments:
+    notebook: str = field(metadata={"help": "the notebook to run"})
+    parameters: list[str] = field(default_factory=list, metadata={"aliases": ["-p"], "action": "extend", "help": "NAME=VALUE for names of its cell of parameters"})
+    output: str | None = field(default=None, metadata={"aliases": ["-o"], "help": "notebook to write, after every cell; default runs/NAME.ipynb"})
+
+
+def notebook(argv: list[str]) -> None:
+    "Run a notebook with other parameters."
+    from moe_nb.run_notebook import run_notebook
+
+    if argv and not argv[0].startswith("-"): argv = ["--notebook", *argv]
+    arguments, = parse(argv, "notebook", NotebookArguments)
+    output = Path(arguments.output or Path("runs") / Path(arguments.notebook).name)
+    try: print(run_notebook(arguments.notebook, output, arguments.parameters))
+    except RuntimeError as error: raise SystemExit(f"moe-nb: {error}") from None
+
 # %% ../nbs/13_cli.ipynb #de4d0586
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments:
@@ -304,7 +322,7 @@ def demo(argv: list[str]) -> None:
     print(NEXT_STEPS, f"\ndemo finished in {time.time() - start:.0f} s", sep="\n")
 
 # %% ../nbs/13_cli.ipynb #e2e4f5e2
-COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, demo=demo)
+COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, notebook=notebook, demo=demo)
 USAGE = "usage: moe-nb COMMAND [flags]\n\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()) + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
 
 
