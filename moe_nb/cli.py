@@ -199,8 +199,10 @@ def evaluate(argv: list[str]) -> None:
     options = {name: getattr(arguments, name) for name in ("batch_size", "limit", "num_fewshot", "include_path", "device_map", "dtype")}
     results = evaluate_model(arguments.model, arguments.tasks, **options)
     if arguments.output: Path(arguments.output).write_text(json.dumps(results, indent=2))
-    if any((Path(arguments.model) / marker).is_file() for marker in (METADATA, EXPORT_RECORD)): record_scores(arguments.model, results, repeat_command(arguments))
     print(pd.DataFrame(results).T.to_string())
+    if not any((Path(arguments.model) / marker).is_file() for marker in (METADATA, EXPORT_RECORD)): return
+    try: record_scores(arguments.model, results, repeat_command(arguments))
+    except OSError as error: print(f"the model card was not updated: {error}", file=sys.stderr)
 
 # %% ../nbs/13_cli.ipynb #a51c0de2
 @dataclass(frozen=True, kw_only=True)

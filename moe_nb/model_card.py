@@ -44,7 +44,7 @@ def shown_name(value):
     """
     return Path(value).name if isinstance(value, str) and os.sep in value and not is_hub_id(value) else value
 
-
+# %% ../nbs/05a_model_card.ipynb #fdf857bf
 def is_hub_id(name: str) -> bool:
     "Whether `name` is of the form owner/name and no directory here."
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(".") and not Path(name).exists()
@@ -55,7 +55,7 @@ def sizes_table(statistics: dict) -> str:
     rows = [(label, *(statistics[f"{kind}_params_{state}"] for state in ("original", "compressed"))) for label, kind in (("all", "total"), ("active per token", "active"), ("of the compressed experts", "expert"))]
     return "\n".join(["| parameters | original | compressed | |", "| --- | ---: | ---: | ---: |", *(f"| {label} | {before:,} | {after:,} | {after / before:.1%} |" for label, before, after in rows)])
 
-
+# %% ../nbs/05a_model_card.ipynb #67751eaf
 def recipe(record: dict) -> str:
     "The settings of one step as a block of YAML."
     return f"```yaml\n{yaml.safe_dump({name: shown_name(value) for name, value in record.items() if value is not None}, sort_keys=False)}```"
@@ -76,10 +76,10 @@ def model_section(compression: dict, statistics: dict, exported: bool) -> str:
     form = ("The experts are multiplied out, so this checkpoint is as large as the original and is read by everything that reads the original; the table is that of the compressed form."
             if exported else "The experts of a layer share one core per projection, with low-rank factors for each.")
     parts = [f"{name}, compressed with moe_nb. {form}"]
-    if statistics: parts += ["## Sizes", sizes_table(statistics)]
+    if "total_params_original" in statistics: parts += ["## Sizes", sizes_table(statistics)]
     parts += ["## How to load", _LOADING.format(first="" if exported else "import moe_nb  # tells transformers of the compressed form\n")]
-    if compression: parts += ["## How it was made", f"Compressed (`moe-nb compress`) with {compression['calibration_tokens']:,} tokens of calibration, by " + ", ".join(f"{package} {version}" for package, version in compression["versions"].items()) + ":", recipe(compression["config"])]
-    if "distillation" in compression: parts += ["Then distilled from the original (`moe-nb distill`):", recipe(compression["distillation"])]
+    if "config" in compression: parts += ["## How it was made", f"Compressed (`moe-nb compress`) with {compression['calibration_tokens']:,} tokens of calibration, by " + ", ".join(f"{package} {version}" for package, version in compression["versions"].items()) + ":", recipe(compression["config"])]
+    if "distillation" in compression: parts += ["Then distilled from the original (`moe-nb distill`):", recipe({name: value for name, value in compression["distillation"].items() if name != "student_sha256"})]
     return "\n\n".join(parts)
 
 # %% ../nbs/05a_model_card.ipynb #d1aaf782

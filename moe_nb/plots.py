@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'STYLE', 'figure', 'plain_log_scale', 'frontier_table', 'plot_frontier', 'plot_losses',
-           'evaluation_points', 'plot_evaluations', 'HeatMap', 'name_ticks', 'heat_maps', 'draw_panels', 'rank_panels',
+           'evaluation_points', 'plot_evaluations', 'HeatMap', 'name_ticks', 'draw_panels', 'heat_maps', 'rank_panels',
            'error_panel', 'plot_ranks', 'plot_errors', 'plot_similarity']
 
 # %% ../nbs/12_plots.ipynb #a46b7f40
@@ -171,7 +171,7 @@ class HeatMap(NamedTuple):
     xlabel: str
     title: str = ""
 
-
+# %% ../nbs/12_plots.ipynb #60c6dc14
 def name_ticks(axis, names) -> None:
     "Ticks that carry `names`: all of them where they are words, a few where they are numbers."
     axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 8, 10]))
@@ -179,6 +179,16 @@ def name_ticks(axis, names) -> None:
     else: axis.set_ticks(range(len(names)), names)
 
 # %% ../nbs/12_plots.ipynb #87168236
+def draw_panels(panels: list[tuple[Axes, HeatMap]]):
+    "Draw panels on one scale, of sixteen steps that the eye can find again on the bar; returns the last image."
+    values = pd.concat([panel.table.stack() for _, panel in panels])
+    for ax, panel in panels:
+        image = ax.imshow(panel.table.to_numpy(dtype=float), aspect="auto", cmap=plt.colormaps["cividis"].resampled(16), vmin=float(values.min()), vmax=float(values.max()), interpolation="nearest")
+        ax.set(title=panel.title, xlabel=panel.xlabel)
+        name_ticks(ax.xaxis, panel.table.columns)
+    return image
+
+# %% ../nbs/12_plots.ipynb #761d9979
 def heat_maps(panels: list[HeatMap],  # Side by side, over the same rows
               *,
               ylabel: str = "layer",
@@ -205,23 +215,13 @@ def heat_maps(panels: list[HeatMap],  # Side by side, over the same rows
     plt.close(fig)
     return fig
 
-
-def draw_panels(panels: list[tuple[Axes, HeatMap]]):
-    "Draw panels on one scale, of sixteen steps that the eye can find again on the bar; returns the last image."
-    values = pd.concat([panel.table.stack() for _, panel in panels])
-    for ax, panel in panels:
-        image = ax.imshow(panel.table.to_numpy(dtype=float), aspect="auto", cmap=plt.colormaps["cividis"].resampled(16), vmin=float(values.min()), vmax=float(values.max()), interpolation="nearest")
-        ax.set(title=panel.title, xlabel=panel.xlabel)
-        name_ticks(ax.xaxis, panel.table.columns)
-    return image
-
 # %% ../nbs/12_plots.ipynb #9aaacdab
 def rank_panels(ranks: dict[str, pd.DataFrame]) -> list[HeatMap]: return [HeatMap(table, "rank of the factors", "expert", name) for name, table in ranks.items()]
 
-
+# %% ../nbs/12_plots.ipynb #e42ce0c6
 def error_panel(errors: pd.DataFrame) -> HeatMap: return HeatMap(errors, "relative error", "of the weights, of the output")
 
-
+# %% ../nbs/12_plots.ipynb #236007eb
 def plot_ranks(ranks: dict[str, pd.DataFrame],  # Projection -> rank of the factors, one row per layer, one column per expert
                *,
                title: str = ""
@@ -233,7 +233,7 @@ def plot_ranks(ranks: dict[str, pd.DataFrame],  # Projection -> rank of the fact
     """
     return heat_maps(rank_panels(ranks), title=title)
 
-
+# %% ../nbs/12_plots.ipynb #7f638e4b
 def plot_errors(errors: pd.DataFrame,  # Norm of the difference / norm, one row per layer, one column for each projection or output
                 *,
                 title: str = ""

@@ -34,7 +34,7 @@ def layer_records(path: str | Path) -> dict:
     "What the statistics of a directory say of its layers; empty for a model without a record."
     return (yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text()) or {}).get("layers", {})
 
-
+# %% ../nbs/12b_report.ipynb #c1891173
 def error_table(path: str | Path) -> pd.DataFrame:
     "Relative errors, one row per layer: of the weights of each projection, and of the output where it is known."
     def errors(record): return {**{name.removesuffix("_proj"): error for name, error in record["relative_error"].items()}, **({"output": record["output_error"]["refined"]} if "output_error" in record else {})}

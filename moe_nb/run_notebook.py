@@ -19,7 +19,7 @@ def is_parameters(cell: dict) -> bool:
     "Whether a cell holds the parameters of its notebook."
     return cell["cell_type"] == "code" and ("parameters" in cell["metadata"].get("tags", []) or cell["source"].startswith("#| parameters"))
 
-
+# %% ../nbs/12c_run_notebook.ipynb #d5d5aed2
 def assigned(source: str) -> dict:
     """Name -> literal of every assignment in `source`; `...` for a value that is no literal.
 
