@@ -1,12 +1,23 @@
 "Compress Mixture-of-Experts language models around one shared core per layer and projection."
-from moe_nb.calibrate import read_texts, self_sequences, token_sequences
-from moe_nb.checkpoint import load_compressed_model, save_compressed_model
-from moe_nb.compress import CompressionConfig, CompressionStatistics, compress_model
-from moe_nb.evaluate import evaluate_model, perplexity
-from moe_nb.export import export_to_hf_format
-from moe_nb.stream import compress_checkpoint
-from moe_nb.tiny import load_tiny, tiny_path, tiny_text
+import sys
+from pathlib import PurePath
 
 __version__ = "0.1.0"
 __all__ = ["CompressionConfig", "CompressionStatistics", "compress_checkpoint", "compress_model", "evaluate_model", "export_to_hf_format", "load_compressed_model",
            "load_tiny", "perplexity", "read_texts", "save_compressed_model", "self_sequences", "tiny_path", "tiny_text", "token_sequences"]
+
+
+def _helps() -> bool:
+    "Whether this process is `moe-nb --help`, which should not wait for torch and transformers."
+    as_module = sys.argv[:1] == ["-m"] and "-m moe_nb.cli" in " ".join(sys.orig_argv)
+    return (as_module or PurePath(*sys.argv[:1]).name == "moe-nb") and sys.argv[1:] in ([], ["-h"], ["--help"])
+
+
+if not _helps():  # every other process has all of the package, registered with transformers
+    from moe_nb.calibrate import read_texts, self_sequences, token_sequences
+    from moe_nb.checkpoint import load_compressed_model, save_compressed_model
+    from moe_nb.compress import CompressionConfig, CompressionStatistics, compress_model
+    from moe_nb.evaluate import evaluate_model, perplexity
+    from moe_nb.export import export_to_hf_format
+    from moe_nb.stream import compress_checkpoint
+    from moe_nb.tiny import load_tiny, tiny_path, tiny_text

@@ -7,8 +7,9 @@ __all__ = ['FORMAT_VERSION', 'METHOD', 'METADATA', 'SUFFIXES', 'INDEXES', 'Share
            'factor_shapes', 'empty_experts', 'set_conversions_aside', 'load_conversions', 'align_tensors',
            'SharedCoreQuantizer', 'mark_compressed', 'layer_folders', 'projection_file', 'split_state', 'check_output',
            'sync', 'install_directory', 'atomic_directory', 'sha256', 'write_tensors', 'save_compressed_model',
-           'write_shards', 'write_records', 'write_model_files', 'write_metadata', 'read_metadata', 'verify_directory',
-           'offload_as_one', 'model_class', 'bare_model', 'load_compressed_model', 'find_tokenizer', 'is_compressed']
+           'write_shards', 'write_records', 'write_model_files', 'write_metadata', 'write_card', 'read_metadata',
+           'verify_directory', 'offload_as_one', 'model_class', 'bare_model', 'load_compressed_model', 'find_tokenizer',
+           'is_compressed']
 
 # %% ../nbs/06_checkpoint.ipynb #599d2f4a
 import copy
@@ -39,6 +40,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .model_card import CARD, card_text
 from .shared_core import SharedCore, SharedCoreExperts, Uncompressed, materialized
 
 # %% ../nbs/06_checkpoint.ipynb #15ba8621
@@ -284,6 +286,7 @@ def save_compressed_model(model: nn.Module,  # A compressed model
         write_model_files(model, config, folder, max_shard_size, state_dict)
         if tokenizer is not None: tokenizer.save_pretrained(folder)
         write_metadata(folder, config)
+        write_card(folder, path, config.compression, config.statistics)
     return Path(path)
 
 # %% ../nbs/06_checkpoint.ipynb #8d046f92
@@ -315,10 +318,20 @@ def write_model_files(model: nn.Module, config: SharedCoreConfig, folder: Path, 
 # %% ../nbs/06_checkpoint.ipynb #522774c8
 def write_metadata(folder: Path, config: SharedCoreConfig) -> None:
     "`compressed_metadata.json`: what was compressed, and every file with size and hash. Its presence means complete, so it comes last."
-    files = {str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = {str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / CARD}
     versions = {package.__name__: package.__version__ for package in (torch, transformers, accelerate)}
     layers = {layer: {"module": name, "projections": config.modules[name]} for name, layer in layer_folders(list(config.modules)).items()}
     (folder / METADATA).write_text(json.dumps({"format_version": config.format_version, "weights_format": config.weights_format, "versions": versions, "layers": layers, "files": files}, indent=2))
+
+# %% ../nbs/06_checkpoint.ipynb #3878fcad
+def write_card(folder: Path,  # That becomes `path`
+               path: str | Path,
+               compression: dict,
+               statistics: dict,
+               exported: bool = False) -> None:
+    "The model card of what is written to `folder`; what its owner wrote in the one in `path` is kept."
+    old = Path(path) / CARD
+    (folder / CARD).write_text(card_text(old.read_text(encoding="utf-8") if old.is_file() else "", compression, statistics, exported), encoding="utf-8")
 
 # %% ../nbs/06_checkpoint.ipynb #a807e8a3
 _READ_FIRST = ("model.safetensors", "pytorch_model.bin", "adapter_config.json", *INDEXES.values())  # by from_pretrained

@@ -4,43 +4,23 @@
 
 # %% auto #0
 __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_sequences', 'CompressArguments', 'compress',
-           'report', 'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export',
-           'FeedbackArguments', 'distill', 'EvaluateArguments', 'evaluate', 'WatchArguments', 'watch', 'DemoArguments',
-           'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
+           'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export', 'FeedbackArguments',
+           'distill', 'EvaluateArguments', 'repeat_command', 'evaluate', 'WatchArguments', 'watch', 'NotebookArguments',
+           'notebook', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #33ee9aa2
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-
-import pandas as pd
-import torch
-import yaml
-from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from transformers.utils import logging
-
-from .async_eval import CheckpointEvaluator, EvaluationFeedback, ending_orderly
-from .calibrate import read_texts, self_sequences, token_sequences
-from .checkpoint import METADATA, check_output, find_tokenizer, load_compressed_model, read_metadata, save_compressed_model
-from .compress import CompressionConfig, compress_model
-from .distill import DistillationConfig
-from .distill import distill as run_distillation
-from .eval_queue import EvaluationConfig, results_table
-from .evaluate import evaluate_model, perplexity
-from .export import EXPORT_RECORD, export_to_hf_format
-from .plan import check_disk, make_plan, outcome
-from .plots import plot_frontier
-from .shards import processes
-from .stream import compress_checkpoint
-from .tiny import load_tiny, tiny_path, tiny_text
 
 # %% ../nbs/13_cli.ipynb #b7e84aa8
 def config_flags(path: str) -> list[str]:
     "The values of a YAML file as command-line flags."
+    import yaml
+
     values = yaml.safe_load(Path(path).read_text())
     if not isinstance(values, dict): raise ValueError(f"{path}: expected a YAML mapping of flags to values, found {type(values).__name__}")
     return [part for name, value in values.items() if value is not None
@@ -52,6 +32,8 @@ def parse(argv: list[str],  # Flags, without the name of the command
           *classes: type  # Dataclasses whose fields are the flags
          ) -> tuple:
     "One instance of each class, from `argv` and the file that `--config` names."
+    from transformers import HfArgumentParser
+
     argv = list(argv)
     if "--config" in argv:
         at = argv.index("--config")
@@ -60,8 +42,11 @@ def parse(argv: list[str],  # Flags, without the name of the command
     return HfArgumentParser(classes, prog=f"moe-nb {command}", description=COMMANDS[command].__doc__).parse_args_into_dataclasses(argv)
 
 # %% ../nbs/13_cli.ipynb #8543833f
-def text_sequences(tokenizer, source: str, column: str, tokens: int, length: int = 256) -> list[torch.Tensor] | None:
+def text_sequences(tokenizer, source: str, column: str, tokens: int, length: int = 256) -> list | None:
     "Token sequences of the text that `--calibration` names; None where it names none."
+    from moe_nb.calibrate import read_texts, token_sequences
+    from moe_nb.tiny import tiny_text
+
     if source in ("none", "self"): return None
     if tokenizer is None: raise ValueError("the model has no tokenizer, so calibration text can not be read: add one, or pass --calibration self or none")
     texts = tiny_text("calibration") if source == "embedded" else read_texts(source, column)
@@ -81,6 +66,17 @@ class CompressArguments:
 
 def compress(argv: list[str]) -> None:
     "Compress a Mixture-of-Experts model and save it completely."
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    from moe_nb.calibrate import self_sequences
+    from moe_nb.checkpoint import METADATA, check_output, find_tokenizer, save_compressed_model
+    from moe_nb.compress import CompressionConfig, compress_model
+    from moe_nb.plan import check_disk, make_plan, outcome
+    from moe_nb.report import report
+    from moe_nb.shards import processes
+    from moe_nb.stream import compress_checkpoint
+
     arguments, config = parse(argv, "compress", CompressArguments, CompressionConfig)
     check_output(Path(arguments.output_dir), METADATA)
     tokenizer = find_tokenizer(arguments.model)
@@ -101,32 +97,21 @@ def compress(argv: list[str]) -> None:
     print(f"\ncompressed in {statistics.seconds:.0f} s")
     if planned: print(outcome(planned, arguments.output_dir, statistics.seconds))
 
-# %% ../nbs/13_cli.ipynb #8f95b168
-def report(path: str | Path) -> str:
-    "What a compressed directory holds, as text: totals, and a table of its layers."
-    metadata, statistics = read_metadata(path), yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text())
-    size = sum(file["size"] for file in metadata["files"].values())
-    lines = [f"{path}: {size / 1e6:,.1f} MB in {len(metadata['files'])} files, format {metadata['format_version']} ({metadata['weights_format']})"]
-    if not statistics: return lines[0]
-    for kind in ("total", "active", "expert"):
-        before, after = (statistics[f"{kind}_params_{state}"] for state in ("original", "compressed"))
-        lines.append(f"{kind:>6} parameters  {before:>16,} -> {after:>16,}  {after / before:7.1%} of the original")
-    layers = pd.DataFrame([dict(layer=layer, parameters=record["params_compressed"], ratio=record["compression_ratio"], **{f"error {name}": error for name, error in record["relative_error"].items()},
-                                **({"error output": record["output_error"]["refined"], "experts without tokens": len(record["experts_without_tokens"])} if "output_error" in record else {}))
-                           for layer, record in statistics["layers"].items()])
-    return "\n".join([*lines, "", layers.round(4).to_string(index=False)])
-
 # %% ../nbs/13_cli.ipynb #0366a000
 @dataclass(frozen=True, kw_only=True)
 class InspectArguments:
     model: str = field(metadata={"help": "a compressed directory"})
+    figure: str | None = field(default=None, metadata={"help": "file for a picture of the ranks per layer and expert, and the errors per layer (.png, .pdf, .svg)"})
 
 
 def inspect(argv: list[str]) -> None:
-    "Show what a compressed directory holds."
+    "Show what a compressed directory holds: where the parameters went, and where the error sits."
+    from moe_nb.report import plot_report, report
+
     if argv and not argv[0].startswith("-"): argv = ["--model", *argv]
     arguments, = parse(argv, "inspect", InspectArguments)
     print(report(arguments.model))
+    if arguments.figure: plot_report(arguments.model).savefig(arguments.figure, dpi=150)
 
 # %% ../nbs/13_cli.ipynb #8a2db093
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +123,10 @@ class PlanArguments:
 
 def plan(argv: list[str]) -> None:
     "Say what a compression will take: memory, disk, operations, hours."
+    from moe_nb.compress import CompressionConfig
+    from moe_nb.plan import make_plan
+    from moe_nb.shards import processes
+
     arguments, config = parse(argv, "plan", PlanArguments, CompressionConfig)
     print(make_plan(arguments.model, config, processes=arguments.num_processes, calibration_tokens=arguments.calibration_tokens, device=processes().device))
 
@@ -152,6 +141,8 @@ class ExportArguments:
 
 def export(argv: list[str]) -> None:
     "Write a compressed model as a standard Hugging Face checkpoint, experts materialised."
+    from moe_nb.export import export_to_hf_format
+
     arguments, = parse(argv, "export", ExportArguments)
     print(export_to_hf_format(arguments.model, arguments.original_model_name, arguments.output_dir, dtype=arguments.dtype))
 
@@ -163,6 +154,14 @@ class FeedbackArguments:
 
 def distill(argv: list[str]) -> None:
     "Train a compressed model towards its original."
+    from accelerate import PartialState
+
+    from moe_nb.async_eval import EvaluationFeedback
+    from moe_nb.checkpoint import METADATA
+    from moe_nb.distill import DistillationConfig
+    from moe_nb.distill import distill as run_distillation
+    from moe_nb.report import report
+
     config, feedback = parse(argv, "distill", DistillationConfig, FeedbackArguments)
     path = run_distillation(config, [EvaluationFeedback(feedback.patience)])
     if not PartialState().is_main_process: return
@@ -182,13 +181,28 @@ class EvaluateArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file for the results"})
 
 
+def repeat_command(arguments: EvaluateArguments) -> str:
+    "The command that gives the same scores, in the directory of the model."
+    flags = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in ("model", "output", "device_map") and getattr(arguments, f.name) != f.default}
+    return " ".join(["moe-nb evaluate --model .", *(f"--{name} {Path(str(value)).name if name == 'include_path' else value}" for name, value in flags.items())])
+
+
 def evaluate(argv: list[str]) -> None:
     "Evaluate any model with lm-eval."
+    import pandas as pd
+
+    from moe_nb.checkpoint import METADATA
+    from moe_nb.evaluate import evaluate_model, record_scores
+    from moe_nb.export import EXPORT_RECORD
+
     arguments, = parse(argv, "evaluate", EvaluateArguments)
     options = {name: getattr(arguments, name) for name in ("batch_size", "limit", "num_fewshot", "include_path", "device_map", "dtype")}
     results = evaluate_model(arguments.model, arguments.tasks, **options)
     if arguments.output: Path(arguments.output).write_text(json.dumps(results, indent=2))
     print(pd.DataFrame(results).T.to_string())
+    if not any((Path(arguments.model) / marker).is_file() for marker in (METADATA, EXPORT_RECORD)): return
+    try: record_scores(arguments.model, results, repeat_command(arguments))
+    except OSError as error: print(f"the model card was not updated: {error}", file=sys.stderr)
 
 # %% ../nbs/13_cli.ipynb #a51c0de2
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +212,31 @@ class WatchArguments:
 
 def watch(argv: list[str]) -> None:
     "Evaluate every checkpoint of a training while it goes on."
+    from moe_nb.async_eval import CheckpointEvaluator, ending_orderly
+    from moe_nb.eval_queue import EvaluationConfig, results_table
+
     arguments, config = parse(argv, "watch", WatchArguments, EvaluationConfig)
     with ending_orderly(): rows = (evaluator := CheckpointEvaluator(arguments.run, config)).run()
     print(results_table(rows).drop(columns="higher_is_better").round(4).to_string(index=False))
     for name, problem in evaluator.folder.failures().items(): print(f"not evaluated, now in eval_results/quarantine: {name}: {problem.splitlines()[0]}")
+
+# %% ../nbs/13_cli.ipynb #c4840f13
+@dataclass(frozen=True, kw_only=True)
+class NotebookArguments:
+    notebook: str = field(metadata={"help": "the notebook to run"})
+    parameters: list[str] = field(default_factory=list, metadata={"aliases": ["-p"], "action": "extend", "help": "NAME=VALUE for names of its cell of parameters"})
+    output: str | None = field(default=None, metadata={"aliases": ["-o"], "help": "notebook to write, after every cell; default runs/NAME.ipynb"})
+
+
+def notebook(argv: list[str]) -> None:
+    "Run a notebook with other parameters."
+    from moe_nb.run_notebook import run_notebook
+
+    if argv and not argv[0].startswith("-"): argv = ["--notebook", *argv]
+    arguments, = parse(argv, "notebook", NotebookArguments)
+    output = Path(arguments.output or Path("runs") / Path(arguments.notebook).name)
+    try: print(run_notebook(arguments.notebook, output, arguments.parameters))
+    except RuntimeError as error: raise SystemExit(f"moe-nb: {error}") from None
 
 # %% ../nbs/13_cli.ipynb #de4d0586
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +250,9 @@ class DemoArguments:
 # %% ../nbs/13_cli.ipynb #4e0f4071
 def demo_scores(name: str, model, tokenizer, ratio: float, limit: int | None) -> dict:
     "One row of the demo's table: size, held-out perplexity, lm-eval scores."
+    from moe_nb.evaluate import evaluate_model, perplexity
+    from moe_nb.tiny import tiny_text
+
     start = time.time()
     tasks = evaluate_model(model, ["tiny_next_word", "tiny_perplexity"], tokenizer=tokenizer, limit=limit)
     row = dict(model=name, ratio=ratio, perplexity=perplexity(model, tokenizer, tiny_text("heldout")),
@@ -223,13 +261,20 @@ def demo_scores(name: str, model, tokenizer, ratio: float, limit: int | None) ->
     return row
 
 # %% ../nbs/13_cli.ipynb #d923c48b
-def demo_calibration(tokenizer) -> list[torch.Tensor]:
+def demo_calibration(tokenizer) -> list:
     "What weights the fits of the demo: the calibration split of the embedded text."
+    from moe_nb.calibrate import token_sequences
+    from moe_nb.tiny import tiny_text
+
     return token_sequences(tokenizer, tiny_text("calibration"))
 
 # %% ../nbs/13_cli.ipynb #286f8422
 def demo_points(arguments: DemoArguments, tokenizer) -> list[dict]:
     "Points of the figure beside the demo's own: other budgets, and two simpler fits at the demo's."
+    from moe_nb.compress import CompressionConfig, compress_model
+    from moe_nb.evaluate import perplexity
+    from moe_nb.tiny import load_tiny, tiny_text
+
     sequences = demo_calibration(tokenizer)
     runs = [("weighted fit", CompressionConfig(ratio=ratio), sequences) for ratio in arguments.ratios]
     runs += [("without calibration", CompressionConfig(ratio=arguments.ratio), None), ("plain recipe (Adam)", CompressionConfig(ratio=arguments.ratio, method="adam", steps=arguments.adam_steps), None)]
@@ -252,6 +297,16 @@ next, with your own model (a directory or a hub id):
 # %% ../nbs/13_cli.ipynb #6a0db44d
 def demo(argv: list[str]) -> None:
     "Compress, save, load, export and evaluate the embedded model; one table, one figure."
+    import pandas as pd
+    from transformers import AutoModelForCausalLM
+
+    from moe_nb.checkpoint import METADATA, check_output, load_compressed_model, save_compressed_model
+    from moe_nb.compress import CompressionConfig, compress_model
+    from moe_nb.export import EXPORT_RECORD, export_to_hf_format
+    from moe_nb.plots import plot_frontier
+    from moe_nb.report import report
+    from moe_nb.tiny import load_tiny, tiny_path
+
     arguments, = parse(argv, "demo", DemoArguments)
     start, folder, (original, tokenizer) = time.time(), Path(arguments.output_dir), load_tiny()
     for name, marker in (("compressed", METADATA), ("exported", EXPORT_RECORD)): check_output(folder / name, marker)
@@ -269,7 +324,7 @@ def demo(argv: list[str]) -> None:
     print(NEXT_STEPS, f"\ndemo finished in {time.time() - start:.0f} s", sep="\n")
 
 # %% ../nbs/13_cli.ipynb #e2e4f5e2
-COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, demo=demo)
+COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, notebook=notebook, demo=demo)
 USAGE = "usage: moe-nb COMMAND [flags]\n\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()) + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
 
 
@@ -277,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     "Entry point of `moe-nb`. An error of the user is one line on standard error and exit code 2."
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"): return print(USAGE)
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     try:
         if command not in COMMANDS: raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")

@@ -23,6 +23,7 @@ from pathlib import Path
 import pandas as pd
 
 from .checkpoint import METADATA, is_compressed, sha256, sync, verify_directory
+from .model_card import CARD
 from .resume import MANIFEST, STATE, checkpoints, publish
 
 # %% ../nbs/11_eval_queue.ipynb #0b5331db
@@ -77,11 +78,11 @@ def fingerprint(config: EvaluationConfig) -> str:
 
 # %% ../nbs/11_eval_queue.ipynb #c0ed5443
 def model_identity(model: str | Path) -> str:
-    "Hash of a model: of its files, or of its name where it is no directory."
+    "Hash of a model: of its files (the card, which holds the scores, is none), or of its name where it is no directory."
     path = Path(model)
     if not path.is_dir(): return hashlib.sha256(str(model).encode()).hexdigest()
     if is_compressed(path): return sha256(path / METADATA)
-    listing = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file() and file.name != MANIFEST}
+    listing = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file() and file.name not in (MANIFEST, CARD)}
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 # %% ../nbs/11_eval_queue.ipynb #b2d4501d

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['start_token', 'token_windows', 'batch_nll', 'evaluation_mode', 'perplexity', 'hash_rank', 'next_word_places',
            'similar_words', 'next_word_items', 'package_tasks', 'task_manager', 'check_tasks', 'random_state_kept',
-           'silenced', 'model_and_tokenizer', 'clean_metrics', 'clean_results', 'lm_eval_results', 'evaluate_model']
+           'silenced', 'model_and_tokenizer', 'clean_metrics', 'clean_results', 'lm_eval_results', 'evaluate_model',
+           'record_scores']
 
 # %% ../nbs/10_evaluate.ipynb #8ab0b152
 import copy
@@ -32,6 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .calibrate import check_max_length
 from .checkpoint import is_compressed, load_compressed_model
+from .model_card import CARD, with_scores
+from .shards import replace_text
 
 # %% ../nbs/10_evaluate.ipynb #b3b02ce4
 def start_token(tokenizer) -> int:
@@ -286,3 +289,12 @@ def evaluate_model(model,  # A loaded model, a directory (compressed or not), or
     model, tokenizer = model_and_tokenizer(model, tokenizer, device_map, dtype)
     results = lm_eval_results(model, tokenizer, names, manager, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
     return clean_results(results, [name for name in names if name not in manager.all_tags])
+
+# %% ../nbs/10_evaluate.ipynb #23eadde4
+def record_scores(path: str | Path,  # A directory with a model card
+                  scores: dict[str, dict],  # As `evaluate_model` returns them
+                  command: str  # That gives them
+                 ) -> None:
+    "Put `scores` into the model card of a directory, in one rename."
+    card = Path(path) / CARD
+    replace_text(card, with_scores(card.read_text(encoding="utf-8") if card.is_file() else "", card.absolute().parent.name, scores, command))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from tqdm.auto import tqdm
@@ -138,13 +139,15 @@ def begin_export(layout: Layout, compressed: Path, output: Path, options: dict) 
     finish_piece(work, "shards", [], {})
 
 # %% ../nbs/08_export.ipynb #6c7dbd20
-def finish_export(layout: Layout, folder: Path, compressed: Path, tokenizer) -> None:
+def finish_export(layout: Layout, folder: Path, compressed: Path, output: Path, tokenizer) -> None:
     "Write everything but the weights."
     records = folder.parent / "records"  # of their own, since save_pretrained removes shards that it did not write
     layout.model.save_pretrained(records, state_dict={})
     for file in records.iterdir(): file.replace(folder / file.name)
     if len(layout.shapes) > 1: (folder / INDEXES["safetensors"]).write_text(json.dumps(layout.index, indent=2, sort_keys=True) + "\n")
-    (folder / EXPORT_RECORD).write_text(json.dumps(json.loads((compressed / "compression_config.json").read_text()), indent=2))
+    record = json.loads((compressed / "compression_config.json").read_text())
+    (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=2))
+    write_card(folder, output, record, yaml.safe_load((compressed / "compression_statistics.yaml").read_text()) or {}, exported=True)
     if tokenizer is not None: tokenizer.save_pretrained(folder)
 
 # %% ../nbs/08_export.ipynb #3847bcb3
@@ -171,7 +174,7 @@ def export_to_hf_format(compressed_path: str | Path,  # A compressed directory
         finish_piece(work, part, spans, {}, checksum)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish_export(layout, work / "result", compressed, find_tokenizer(compressed, original_model_name))
+        finish_export(layout, work / "result", compressed, output, find_tokenizer(compressed, original_model_name))
         complete_job(output)
     state.wait_for_everyone()
     return Path(output_path)

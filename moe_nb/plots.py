@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'STYLE', 'figure', 'plain_log_scale', 'frontier_table', 'plot_frontier', 'plot_losses',
-           'evaluation_points', 'plot_evaluations']
+           'evaluation_points', 'plot_evaluations', 'HeatMap', 'name_ticks', 'draw_panels', 'heat_maps', 'rank_panels',
+           'error_panel', 'plot_ranks', 'plot_errors', 'plot_similarity']
 
 # %% ../nbs/12_plots.ipynb #a46b7f40
 import math
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
 # %% ../nbs/12_plots.ipynb #c4b6344c
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -160,3 +162,101 @@ def plot_evaluations(rows: list[dict],  # As in `results.jsonl`, of one configur
         if len(teacher): ax.axhline(teacher.value.iloc[-1], color=_INK, linestyle="--", linewidth=1.2, label="teacher")
         ax.legend()
     return fig
+
+# %% ../nbs/12_plots.ipynb #49071fa6
+class HeatMap(NamedTuple):
+    "One panel of a figure; panels with the same label share a scale."
+    table: pd.DataFrame  # One row per layer
+    label: str  # Of the colours, with the unit
+    xlabel: str
+    title: str = ""
+
+# %% ../nbs/12_plots.ipynb #60c6dc14
+def name_ticks(axis, names) -> None:
+    "Ticks that carry `names`: all of them where they are words, a few where they are numbers."
+    axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 8, 10]))
+    if pd.api.types.is_numeric_dtype(names): axis.set_major_formatter(lambda at, _: str(names[round(at)]) if 0 <= round(at) < len(names) else "")
+    else: axis.set_ticks(range(len(names)), names)
+
+# %% ../nbs/12_plots.ipynb #87168236
+def draw_panels(panels: list[tuple[Axes, HeatMap]]):
+    "Draw panels on one scale, of sixteen steps that the eye can find again on the bar; returns the last image."
+    values = pd.concat([panel.table.stack() for _, panel in panels])
+    for ax, panel in panels:
+        image = ax.imshow(panel.table.to_numpy(dtype=float), aspect="auto", cmap=plt.colormaps["cividis"].resampled(16), vmin=float(values.min()), vmax=float(values.max()), interpolation="nearest")
+        ax.set(title=panel.title, xlabel=panel.xlabel)
+        name_ticks(ax.xaxis, panel.table.columns)
+    return image
+
+# %% ../nbs/12_plots.ipynb #761d9979
+def heat_maps(panels: list[HeatMap],  # Side by side, over the same rows
+              *,
+              ylabel: str = "layer",
+              title: str = ""
+             ) -> Figure:
+    """Tables as colours. A value that is missing stays empty.
+
+    >>> fig = heat_maps([HeatMap(pd.DataFrame([[1, 2], [3, 4]]), "rank", "expert"), HeatMap(pd.DataFrame([[0, 9], [3, 4]]), "rank", "expert", "down")])
+    >>> [ax.get_title("left") for ax in fig.axes], fig.axes[0].images[0].get_clim()
+    (['', 'down', ''], (0.0, 9.0))
+    """
+    if not panels or any(panel.table.empty for panel in panels): raise ValueError("there is nothing to draw: a table is empty")
+    widths = [max(8, min(48, (1 if pd.api.types.is_numeric_dtype(panel.table.columns) else 6) * len(panel.table.columns))) for panel in panels]
+    rows = max(len(panel.table) for panel in panels)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        size = min(12, max(6.4, 1.5 * len(panels) + .08 * sum(widths))), min(9, max(2.8, 1.6 + .12 * rows))
+        fig, (axes,) = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained", width_ratios=widths)
+        for label in dict.fromkeys(panel.label for panel in panels):
+            same = [(ax, panel) for ax, panel in zip(axes, panels) if panel.label == label]
+            fig.colorbar(draw_panels(same), ax=[ax for ax, _ in same], label=label)
+        name_ticks(axes[0].yaxis, panels[0].table.index)
+        axes[0].set_ylabel(ylabel)
+        if title: fig.suptitle(title, x=0, ha="left", fontsize=11)
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #9aaacdab
+def rank_panels(ranks: dict[str, pd.DataFrame]) -> list[HeatMap]: return [HeatMap(table, "rank of the factors", "expert", name) for name, table in ranks.items()]
+
+# %% ../nbs/12_plots.ipynb #e42ce0c6
+def error_panel(errors: pd.DataFrame) -> HeatMap: return HeatMap(errors, "relative error", "of the weights, of the output")
+
+# %% ../nbs/12_plots.ipynb #236007eb
+def plot_ranks(ranks: dict[str, pd.DataFrame],  # Projection -> rank of the factors, one row per layer, one column per expert
+               *,
+               title: str = ""
+              ) -> Figure:
+    """The rank that each expert of each layer was given.
+
+    >>> [ax.get_title("left") for ax in plot_ranks({"down": pd.DataFrame([[1, 0], [2, 5]])}).axes]
+    ['down', '']
+    """
+    return heat_maps(rank_panels(ranks), title=title)
+
+# %% ../nbs/12_plots.ipynb #7f638e4b
+def plot_errors(errors: pd.DataFrame,  # Norm of the difference / norm, one row per layer, one column for each projection or output
+                *,
+                title: str = ""
+               ) -> Figure:
+    """The relative error of each layer, weights and output.
+
+    >>> ax, _ = plot_errors(pd.DataFrame([[.5, .4], [.3, .2]], columns=["down", "output"])).axes
+    >>> ax.images[0].get_array().tolist()
+    [[0.5, 0.4], [0.3, 0.2]]
+    """
+    return heat_maps([error_panel(errors)], title=title)
+
+# %% ../nbs/12_plots.ipynb #e4be67e9
+def plot_similarity(before: pd.DataFrame,  # Cosine between every two experts
+                    after: pd.DataFrame,
+                    *,
+                    title: str = ""
+                   ) -> Figure:
+    """Similarity of experts before and after alignment, on one scale.
+
+    >>> fig = plot_similarity(pd.DataFrame([[1, .1], [.1, 1]]), pd.DataFrame([[1, .6], [.6, 1]]))
+    >>> fig.axes[1].images[0].get_clim()
+    (0.1, 0.6)
+    """
+    def others(table): return table.where([[row != column for column in range(len(table))] for row in range(len(table))])
+    return heat_maps([HeatMap(others(table), "cosine between the weights", "expert", name) for name, table in (("before", before), ("after", after))], ylabel="expert", title=title)

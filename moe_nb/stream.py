@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers.core_model_loading import dot_natural_key
 
 from .checkpoint import (METADATA, SUFFIXES, check_output, empty_experts, factor_shapes, find_tokenizer, layer_folders, mark_compressed,
-                               set_conversions_aside, split_state, write_metadata, write_records, write_shards, write_tensors)
+                               set_conversions_aside, split_state, write_card, write_metadata, write_records, write_shards, write_tensors)
 from .compress import (CompressionConfig, CompressionStatistics, align_layer, check_sources, check_work, compressed_layer, compression_record, experts_per_token, fit_layer, group_weights,
                              layer_record, projection_groups, sample, samples_digest, selected_experts, stored_parameters, stored_statistics, summarize, versions, weighted_group)
 from .experts import find_experts
@@ -271,9 +271,9 @@ def prepare(stream: Stream, config: CompressionConfig, calibration: list[torch.T
     finish_piece(work, "calibration", [], dict(indices={name: layers.index(owner) for name, owner in owners.items()}, found={name: found[owner] for name, owner in owners.items()}))
 
 # %% ../nbs/07a_stream.ipynb #fd0e0704
-def finish(stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], work: Path, records: dict, statistics: CompressionStatistics, tokenizer, weights_format: str, max_shard_size: str) -> None:
-    "Copy what is not compressed, describe the whole, and make `work / 'result'` a complete compressed directory."
-    result, model = work / "result", stream.model
+def finish(stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], output: Path, records: dict, statistics: CompressionStatistics, tokenizer, weights_format: str, max_shard_size: str) -> None:
+    "Copy what is not compressed, describe the whole, and make the work for `output` a complete compressed directory."
+    result, model = work_folder(output) / "result", stream.model
     layers = {file for record in records.values() for file in record["weight_map"].values()}
     for file in result.rglob("*"):  # what an earlier attempt left
         if file.is_file() and str(file.relative_to(result)) not in layers: file.unlink()
@@ -288,6 +288,7 @@ def finish(stream: Stream, config: CompressionConfig, calibration: list[torch.Te
     write_records(model, model.config.quantization_config, result, weight_map, sum(value.numel() * value.element_size() for value in model.state_dict().values()))
     if tokenizer is not None: tokenizer.save_pretrained(result)
     write_metadata(result, model.config.quantization_config)
+    write_card(result, output, how, model.config.quantization_config.statistics)
 
 # %% ../nbs/07a_stream.ipynb #80aa93cf
 def job_of(stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], **options) -> dict:
@@ -334,7 +335,7 @@ def compress_checkpoint(source: str | Path,  # Directory of a checkpoint, or a h
     statistics = summarize(stream.outside, {folders[name]: record["layer"] for name, record in records.items()}, time.time() - start)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(stream, config, calibration, work, records, statistics, tokenizer, weights_format, max_shard_size)
+        finish(stream, config, calibration, output, records, statistics, tokenizer, weights_format, max_shard_size)
         complete_job(output)
     state.wait_for_everyone()
     for name, record in records.items(): statistics.layers[folders[name]]["seconds"] = record["seconds"]  # returned, not stored

@@ -11,7 +11,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT).parts))
@@ -92,15 +94,16 @@ def test_notebook_holds_no_noise(path):
 
 # README
 
-def readme():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
+def script(name):
+    "A module of .ci"
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_readme_matches_index_notebook():
-    text, images = readme().render()
+    text, images = script("readme").render()
     assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run `make docs`"
     assert {name(p): p.read_bytes() for p in (ROOT / "nbs/images").glob("index_*")} == images, "run `make docs`"
 
@@ -108,6 +111,51 @@ def test_readme_matches_index_notebook():
 def test_readme_links_lead_to_files():
     links = re.findall(r"""(?:\]\(|src="|href=")(?![a-z]+:|#)([^)"#\s]+)""", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+# Numbers
+
+READ_BY_PEOPLE = [ROOT / "nbs/index.ipynb", *sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))]
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w])")
+NAMES = {"3.11", "256"}  # Python 3.11, SHA-256
+
+
+def prose(source):
+    "The words of a markdown cell, without code, formulas, addresses and the numbers of sections"
+    for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"`[^`]*`", r"\$[^$\n]*\$", r"\]\([^)]*\)"):
+        source = re.sub(pattern, " ", source, flags=re.DOTALL)
+    return re.sub(r"^(#+ )?\d+\. ", "", source, flags=re.MULTILINE)
+
+
+def unproved(cells):
+    "Numbers in the prose of `cells` that no code cell asserts"
+    proved = {number for cell in cells if cell["cell_type"] == "code" for line in cell["source"] if line.lstrip().startswith("assert ") for number in NUMBER.findall(line)}
+    return [number for cell in cells if cell["cell_type"] == "markdown" for number in NUMBER.findall(prose("".join(cell["source"]))) if number not in proved | NAMES]
+
+
+@pytest.mark.parametrize("path", READ_BY_PEOPLE, ids=name)
+def test_numbers_in_prose_are_asserted(path):
+    "A number in a sentence drifts unseen; in a table that a cell writes, or in an assertion beside it, it cannot"
+    found = unproved(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    assert not found, f"{found}: let a cell show them, or assert them in a hidden one"
+
+
+def test_numbers_in_prose_are_found():
+    def cells(text, code): return [dict(cell_type="markdown", source=[text]), dict(cell_type="code", source=code.splitlines())]
+    assert unproved(cells("## 2. At 25% it is 38.4, not `7` or [this](9.md)\n", "assert round(x) == 38.4\nprint(25)")) == ["25"]
+    assert not unproved(cells("No more than 1,234.", "assert x < 1,234"))
+
+
+@pytest.mark.slow
+def test_numbers_of_readme_are_those_of_a_run(monkeypatch):
+    "Running the notebook behind README again gives the outputs that it stores"
+    for variable, value in script("refresh").QUIET.items():
+        monkeypatch.setenv(variable, value)
+    nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
+    stored = [sorted(texts(cell)) for cell in nb.cells]
+    NotebookClient(nb, timeout=1200, kernel_name="python3", coalesce_streams=True, extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+    for cell, expected in zip(nb.cells, stored):
+        assert sorted(re.sub(r" at 0x\w+", "", text) for text in texts(cell)) == expected, f"cell {cell['id']}: run `make refresh NB=nbs/index.ipynb` and `make docs`"
 
 
 # Package
