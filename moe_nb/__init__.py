@@ -1,4 +1,5 @@
 "Compress Mixture-of-Experts language models around one shared core per layer and projection."
+import moe_nb.fast_experts  # puts the faster forms of the experts behind the switch of transformers
 from moe_nb.calibrate import read_texts, self_sequences, token_sequences
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model
 from moe_nb.compress import CompressionConfig, CompressionStatistics, compress_model
