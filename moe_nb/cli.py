@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_sequences', 'CompressArguments', 'compress',
            'report', 'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export',
-           'FeedbackArguments', 'distill', 'EvaluateArguments', 'evaluate', 'WatchArguments', 'watch', 'DemoArguments',
-           'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
+           'FeedbackArguments', 'distill', 'EvaluateArguments', 'evaluate', 'WatchArguments', 'watch', 'bench',
+           'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
 
 # %% ../nbs/13_cli.ipynb #33ee9aa2
 import json
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
 from .async_eval import CheckpointEvaluator, EvaluationFeedback, ending_orderly
+from .bench import BenchConfig, bench_summary, run_bench
 from .calibrate import read_texts, self_sequences, token_sequences
 from .checkpoint import METADATA, check_output, find_tokenizer, load_compressed_model, read_metadata, save_compressed_model
 from .compress import CompressionConfig, compress_model
@@ -203,6 +204,13 @@ def watch(argv: list[str]) -> None:
     print(results_table(rows).drop(columns="higher_is_better").round(4).to_string(index=False))
     for name, problem in evaluator.folder.failures().items(): print(f"not evaluated, now in eval_results/quarantine: {name}: {problem.splitlines()[0]}")
 
+# %% ../nbs/13_cli.ipynb #b7be0c02
+def bench(argv: list[str]) -> None:
+    "Measure how fast the compressed form is on this machine."
+    config, = parse(argv, "bench", BenchConfig)
+    print(bench_summary(run_bench(config)))
+    print("", *(str(path) for path in sorted(Path(config.output).iterdir())), sep="\n")
+
 # %% ../nbs/13_cli.ipynb #de4d0586
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments:
@@ -269,7 +277,7 @@ def demo(argv: list[str]) -> None:
     print(NEXT_STEPS, f"\ndemo finished in {time.time() - start:.0f} s", sep="\n")
 
 # %% ../nbs/13_cli.ipynb #e2e4f5e2
-COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, demo=demo)
+COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, bench=bench, demo=demo)
 USAGE = "usage: moe-nb COMMAND [flags]\n\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()) + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
 
 
