@@ -14,6 +14,7 @@ def _helps() -> bool:
 
 
 if not _helps():  # every other process has all of the package, registered with transformers
+    import moe_nb.fast_experts  # puts the faster forms of the experts behind the switch of transformers
     from moe_nb.calibrate import read_texts, self_sequences, token_sequences
     from moe_nb.checkpoint import load_compressed_model, save_compressed_model
     from moe_nb.compress import CompressionConfig, CompressionStatistics, compress_model

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NEXT_STEPS', 'COMMANDS', 'USAGE', 'config_flags', 'parse', 'text_sequences', 'CompressArguments', 'compress',
            'InspectArguments', 'inspect', 'PlanArguments', 'plan', 'ExportArguments', 'export', 'FeedbackArguments',
-           'distill', 'EvaluateArguments', 'repeat_command', 'evaluate', 'WatchArguments', 'watch', 'NotebookArguments',
-           'notebook', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo', 'main']
+           'distill', 'EvaluateArguments', 'repeat_command', 'evaluate', 'WatchArguments', 'watch', 'bench',
+           'NotebookArguments', 'notebook', 'DemoArguments', 'demo_scores', 'demo_calibration', 'demo_points', 'demo',
+           'main']
 
 # %% ../nbs/13_cli.ipynb #33ee9aa2
 import json
@@ -220,6 +221,15 @@ def watch(argv: list[str]) -> None:
     print(results_table(rows).drop(columns="higher_is_better").round(4).to_string(index=False))
     for name, problem in evaluator.folder.failures().items(): print(f"not evaluated, now in eval_results/quarantine: {name}: {problem.splitlines()[0]}")
 
+# %% ../nbs/13_cli.ipynb #b7be0c02
+def bench(argv: list[str]) -> None:
+    "Measure how fast the compressed form is on this machine."
+    from moe_nb.bench import BenchConfig, bench_summary, run_bench
+
+    config, = parse(argv, "bench", BenchConfig)
+    print(bench_summary(run_bench(config)))
+    print("", *(str(path) for path in sorted(Path(config.output).iterdir())), sep="\n")
+
 # %% ../nbs/13_cli.ipynb #c4840f13
 @dataclass(frozen=True, kw_only=True)
 class NotebookArguments:
@@ -324,7 +334,7 @@ def demo(argv: list[str]) -> None:
     print(NEXT_STEPS, f"\ndemo finished in {time.time() - start:.0f} s", sep="\n")
 
 # %% ../nbs/13_cli.ipynb #e2e4f5e2
-COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, notebook=notebook, demo=demo)
+COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, bench=bench, notebook=notebook, demo=demo)
 USAGE = "usage: moe-nb COMMAND [flags]\n\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()) + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
 
 

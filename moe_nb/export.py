@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from .checkpoint import INDEXES, METADATA, bare_model, check_output, compressed_experts, empty_experts, find_tokenizer, sha256, verify_directory
+from .checkpoint import INDEXES, METADATA, bare_model, check_output, compressed_experts, empty_experts, find_tokenizer, sha256, verify_directory, write_card
 from .shards import (begin_job, complete_job, create_file, file_layout, finish_piece, finished_piece, load_tensors, open_source, part_of, parts_of, processes, release,
                            runtime_names, tensor_bytes, work_folder, write_at)
 from .shared_core import materialized

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .experts import PROJECTIONS, gated, layout_of, routing, write_experts
 
@@ -183,7 +184,12 @@ class SharedCoreExperts(nn.Module):
         "Name of the projection -> its factors."
         return {name: module for name, module in zip(PROJECTIONS, (self.gate, self.up, self.down)) if module is not None}
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor | None = None, top_k_weights: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        "As `plain_forward`, by the function that the config of the model names, as for the experts of transformers; by `shared_core` where it names none of ours."
+        name = getattr(getattr(self.template, "config", None), "_experts_implementation", None) or ""
+        return ALL_EXPERTS_FUNCTIONS[name if name.startswith("shared_core") else "shared_core"](self, *args, **kwargs)
+
+    def plain_forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor | None = None, top_k_weights: torch.Tensor | None = None) -> torch.Tensor:
         "Weighted sum of the chosen experts: `[T, d]`, `[T, K]`, `[T, K]` -> `[T, d]`, in the data type of `hidden_states`."
         if next(self.parameters()).is_meta and not hidden_states.is_meta: raise ValueError("the experts have no weights here: a model that is partly offloaded is loaded by load_compressed_model")
         hidden_states, top_k_index, top_k_weights = routing(self.template, hidden_states, top_k_index, top_k_weights)
@@ -216,6 +222,9 @@ class SharedCoreExperts(nn.Module):
         module = self.projections().get(projection)
         if not isinstance(module, SharedCore): raise ValueError(f"{projection} is not compressed: it has no wrappers")
         return [wrappers(module.core, expert, transposed=module is self.down) for expert in module.experts(self.gate)]
+
+# %% ../nbs/02_shared_core.ipynb #7a5b0c02
+ALL_EXPERTS_FUNCTIONS.register("shared_core", SharedCoreExperts.plain_forward)
 
 # %% ../nbs/02_shared_core.ipynb #36ed0382
 @torch.no_grad()
