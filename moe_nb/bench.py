@@ -296,7 +296,7 @@ def plot_speedups(rows: list[dict], title: str = "") -> Figure:
     """Time of the fastest original over that of the compressed block, one group of bars per number of tokens.
 
     >>> ax, = plot_speedups([dict(model="a", ratio=.12, tokens=1, speedup=3.), dict(model="a", ratio=.12, tokens=16, speedup=5.)]).axes
-    >>> [bar.get_height() for bar in ax.patches]
+    >>> [float(bar.get_height()) for bar in ax.patches]
     [3.0, 5.0]
     """
     table = pd.DataFrame(rows)
