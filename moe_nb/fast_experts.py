@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'expert_chunks', 'HostRanks', 'read_ranks', 'version_of', 'host_ranks', 'FactorSlices', 'inner_', 'outer_',
-           'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward',
-           'grouped_forward', 'pairs_forward', 'is_usual', 'fastest', 'shared_core_forward', 'switched']
+           'both_cores', 'token_forward', 'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding', 'padding',
+           'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual', 'fastest',
+           'shared_core_forward', 'switched']
 
 # %% ../nbs/02a_fast_experts.ipynb #87e85610
 from collections.abc import Callable, Iterator
@@ -114,15 +115,35 @@ def outer_(down: FactorSlices, y_pd: torch.Tensor, h_pf: torch.Tensor, expert: i
     down.to_wide_(y_pd, h_pf, expert)
     down.add_narrow_(h_pf, down.P, down.Q, expert)
 
+# %% ../nbs/02a_fast_experts.ipynb #566590c2
+def both_cores(experts: SharedCoreExperts, x_Td: torch.Tensor) -> torch.Tensor:
+    "`C x` of gate and up side by side, `[T, 2f]`."
+    f = experts.gate.core.shape[0]
+    z_T2f = x_Td.new_empty(len(x_Td), 2 * f)
+    for z_Tf, core in zip(z_T2f.split(f, dim=1), (experts.gate, experts.up)): torch.mm(x_Td, core.core.t(), out=z_Tf)
+    return z_T2f
+
+
+def token_forward(experts: SharedCoreExperts, slices: tuple, x_1d: torch.Tensor, chosen: list[int], weight_1K: torch.Tensor) -> torch.Tensor:
+    "The forward of one token through the `chosen` experts."
+    gate, up, down = slices
+    a_K2f, y_Kd = both_cores(experts, x_1d).repeat(len(chosen), 1), x_1d.new_empty(len(chosen), x_1d.shape[1])
+    for slot, expert in enumerate(chosen): inner_(gate, up, a_K2f.narrow(0, slot, 1), x_1d, expert)
+    h_Kf = experts.template._apply_gate(a_K2f).mul_(weight_1K.t())
+    for slot, expert in enumerate(chosen): outer_(down, y_Kd.narrow(0, slot, 1), h_Kf.narrow(0, slot, 1), expert)
+    h_1f, y_1d = (value_Kn.sum(0, keepdim=True, dtype=torch.promote_types(value_Kn.dtype, torch.float32)) for value_Kn in (h_Kf, y_Kd))
+    return y_1d.add_(experts.down.to_wide(h_1f.to(x_1d.dtype))).to(x_1d.dtype)
+
 # %% ../nbs/02a_fast_experts.ipynb #7aa0fb96
 def loop_forward(experts: SharedCoreExperts, x_Td: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     "`plain_forward` without gradient: only chosen experts, no copy of a weight, nothing of the size `[P, d]` but for a chunk of pairs."
     if torch.is_grad_enabled(): raise ValueError("shared_core_loop has no gradient: use it under torch.no_grad(), or choose shared_core")
     gate, up, down = (FactorSlices(core, experts.gate) for core in (experts.gate, experts.up, experts.down))
+    chosen = top_k_index[0].tolist() if len(x_Td) == 1 else []
+    if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts: return token_forward(experts, (gate, up, down), x_Td, chosen, top_k_weights)
     token_P, slot_P, counts = sorted_pairs(top_k_index, experts.num_experts)
     weight_P1, f = top_k_weights[token_P, slot_P, None], experts.down.core.shape[0]
-    z_T2f = x_Td.new_empty(len(x_Td), 2 * f)
-    for z_Tf, core in zip(z_T2f.split(f, dim=1), (experts.gate, experts.up)): torch.mm(x_Td, core.core.t(), out=z_Tf)
+    z_T2f = both_cores(experts, x_Td)
     h_Tf, y_Td = (x_Td.new_zeros(len(x_Td), n, dtype=torch.promote_types(x_Td.dtype, torch.float32)) for n in (f, x_Td.shape[1]))
     for first, end, chunk in expert_chunks(counts):
         token_p = token_P[first:end]
