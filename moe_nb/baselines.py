@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import nn
-from torch.nn import functional as F
 
 from .calibrate import calibrate, run_batches
 from .experts import PROJECTIONS, Layout, find_experts, layout_of, read_experts, write_experts

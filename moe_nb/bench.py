@@ -192,7 +192,6 @@ def bench_block(name: str, ratio: float, peaks: Peaks, config: BenchConfig, seco
     for position, tokens in enumerate(sorted(config.tokens)):
         left = end - time.perf_counter()
         if last and left < last[1] * min(8, tokens / last[0]): return rows, [f"{name} at {ratio}, {tokens} tokens: no time left"]
-        begin = time.perf_counter()
         rows.append(block_row(name, ratio, tokens, blocks, peaks, config, left / (2 * (len(config.tokens) - position))))
         turn = sum(value for key, value in rows[-1].items() if key.endswith("_ms")) / 1e3
         last = tokens, 2 * turn

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, T
 from transformers.utils import is_bitsandbytes_available
 
 from .calibrate import check_max_length, read_texts, token_sequences
-from .checkpoint import METADATA, atomic_directory, check_output, compressed_experts, find_tokenizer, is_compressed, layer_folders, save_compressed_model, sha256, write_tensors
+from .checkpoint import METADATA, atomic_directory, check_output, compressed_experts, find_tokenizer, layer_folders, save_compressed_model, sha256, write_tensors
 from .compress import experts_per_token, fingerprint
 from .refine import record_layers, refine_experts
 from .resume import CompressedModelSaveCallback, stored_model

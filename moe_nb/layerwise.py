@@ -11,7 +11,7 @@ __all__ = ['decoder_layers', 'tapped', 'HiddenStates', 'layer_calls', 'run_layer
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch

@@ -14,7 +14,6 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
