@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['WANTED', 'JOB', 'source_folder', 'weight_files', 'LazyTensor', 'open_source', 'ScaledTensor', 'dequantized',
-           'file_identity', 'source_identity', 'load_tensors', 'empty_model', 'runtime_names', 'part_of', 'parts_of',
-           'release', 'file_layout', 'create_file', 'tensor_bytes', 'write_at', 'copy_tensor', 'work_folder',
-           'replace_text', 'differences', 'start_job', 'begin_job', 'complete_job', 'processes', 'record_path',
-           'spans_checksum', 'finish_piece', 'finished_piece']
+           'file_identity', 'source_identity', 'trim_heap', 'load_tensors', 'empty_model', 'runtime_names', 'part_of',
+           'parts_of', 'release', 'file_layout', 'create_file', 'tensor_bytes', 'write_at', 'copy_tensor',
+           'work_folder', 'replace_text', 'differences', 'start_job', 'begin_job', 'complete_job', 'processes',
+           'record_path', 'spans_checksum', 'finish_piece', 'finished_piece']
 
 # %% ../nbs/06a_shards.ipynb #a017acce
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -126,6 +128,12 @@ def source_identity(folder: Path) -> dict[str, str]:
     names = ["config.json", *weight_files(folder)]
     return {name: file_identity(folder / name) for name in names if (folder / name).is_file()}
 
+# %% ../nbs/06a_shards.ipynb #e79566ed
+def trim_heap() -> None:
+    "Give freed memory back to the system, where the C library keeps it and can be asked (glibc)."
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim: trim(0)
+
 # %% ../nbs/06a_shards.ipynb #ef8f33ae
 def load_tensors(model: nn.Module,  # On the meta device, at least the part that is loaded
                  tensors: dict,  # Names of the checkpoint -> tensors, which may be lazy, complete for each parameter they are part of
@@ -134,6 +142,7 @@ def load_tensors(model: nn.Module,  # On the meta device, at least the part that
     options = LoadStateDictConfig(device_map={"": device}, dtype=model.dtype, weight_mapping=load_conversions(model))
     used = getattr(model, "_weight_conversions", None)
     report, _ = convert_and_load_state_dict_in_model(model, tensors, options)
+    trim_heap()
     if used is not None: model._weight_conversions = used
     if report.mismatched_keys:
         name, found, expected = sorted(report.mismatched_keys)[0]
