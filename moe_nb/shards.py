@@ -198,6 +198,7 @@ def release(module: nn.Module) -> None:
     "Give back the memory of all parameters of `module`: they go to the meta device."
     for part in module.modules():
         part._parameters.update({name: nn.Parameter(p.detach().to("meta"), requires_grad=False) for name, p in part._parameters.items() if p is not None})
+    trim_heap()
 
 # %% ../nbs/06a_shards.ipynb #8bbb3e23
 _ALIGNMENT = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]  # the order of the library
