@@ -234,13 +234,15 @@ def with_materialized(compressed: nn.Module, parts: dict[str, SharedCoreExperts]
 # %% ../nbs/12d_bench.ipynb #b7c0a79b
 @torch.no_grad()
 def model_rows(label: str, compressed: nn.Module, original: nn.Module, config: BenchConfig, prompt: int, new: int, seconds: float) -> list[dict]:
-    "Prefill and decoding of both models, and whether they wrote the same."
-    device, texts = compressed.device, {}
+    "Prefill and decoding of both models, and whether they wrote the same. `batched_mm` copies the weights of every pair: only where those of the prompt are few."
+    device, dims, texts = compressed.device, compressed.config, {}
+    copied = 12 * prompt * dims.num_experts_per_tok * dims.hidden_size * dims.moe_intermediate_size  # Bytes
+    names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or copied < 1e9]
     ids = torch.randint(0, compressed.config.vocab_size, (1, prompt), device=device)
     def write(model, name, count):
         model.set_experts_implementation(name)
         texts[id(model)] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    variants = {"eager": (original, "eager"), "grouped_mm": (original, "grouped_mm"), "compressed": (compressed, "shared_core")}
+    variants = {name: (original, name) for name in names} | {"compressed": (compressed, "shared_core")}
     first = interleaved({name: lambda v=v: write(*v, 1) for name, v in variants.items()}, config.device, config.repeats, seconds / 3)
     whole = interleaved({name: lambda v=v: write(*v, new) for name, v in variants.items()}, config.device, config.repeats, seconds)
     same = torch.equal(texts[id(compressed)], texts[id(original)])
