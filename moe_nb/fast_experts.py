@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks', 'version_of', 'host_ranks', 'FactorSlices', 'inner_',
-           'outer_', 'both_cores', 'slices_of', 'token_forward', 'loop_forward', 'padded_rows', 'Routing', 'route',
-           'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual',
-           'fastest', 'shared_core_forward', 'switched']
+           'outer_', 'both_cores', 'token_forward', 'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding',
+           'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual', 'fastest',
+           'shared_core_forward', 'switched']
 
 # %% ../nbs/02a_fast_experts.ipynb #87e85610
 from collections.abc import Callable, Iterator
@@ -75,36 +75,30 @@ def host_ranks(core: SharedCore, name: str) -> HostRanks:
 
 # %% ../nbs/02a_fast_experts.ipynb #9d8ca425
 class FactorSlices:
-    "Rows of each expert in the factors of one projection, as views, or widened to `dtype`; products with them land where they are needed."
+    "Rows of each expert in the factors of one projection, as views; products with them land where they are needed."
 
-    def __init__(self, core: SharedCore, wide_of: SharedCore, dtype: torch.dtype):
+    def __init__(self, core: SharedCore, wide_of: SharedCore):
         stored = core._parameters  # attributes of a module are found ten times as slowly
         self.P, self.Q, self.G, self.V = stored["P"], stored["Q"], stored["G"], wide_of._parameters["V"] if stored["V"] is None else stored["V"]
-        self.dtype = dtype if dtype != self.G.dtype else None
         (self.narrow, self.narrow_at, *_), (self.wide, self.wide_at, *_) = (host_ranks(core, name) for name in ("narrow_ranks", "wide_ranks"))
-
-    def rows(self, factor_Rn: torch.Tensor, at: int, rank: int) -> torch.Tensor:
-        "Those of one expert."
-        rows_rn = factor_Rn.narrow(0, at, rank)
-        return rows_rn if self.dtype is None else rows_rn.to(self.dtype)
 
     def add_narrow_(self, z_pf: torch.Tensor, first_Rf: torch.Tensor, second_Rf: torch.Tensor, expert: int) -> None:
         "`z += second first^T z`, in place."
         at, rank = self.narrow_at[expert], self.narrow[expert]
-        if rank: z_pf.addmm_(z_pf @ self.rows(first_Rf, at, rank).t(), self.rows(second_Rf, at, rank))
+        if rank: z_pf.addmm_(z_pf @ first_Rf.narrow(0, at, rank).t(), second_Rf.narrow(0, at, rank))
 
     def add_wide_(self, z_pf: torch.Tensor, x_pd: torch.Tensor, expert: int, t_ps: torch.Tensor | None) -> torch.Tensor | None:
         "`z += G t` in place, with `t = V^T x` unless it is given; returns `t`."
         at, rank = self.wide_at[expert], self.wide[expert]
         if not rank: return None
-        if t_ps is None: t_ps = x_pd @ self.rows(self.V, at, rank).t()
-        z_pf.addmm_(t_ps, self.rows(self.G, at, rank))
+        if t_ps is None: t_ps = x_pd @ self.V.narrow(0, at, rank).t()
+        z_pf.addmm_(t_ps, self.G.narrow(0, at, rank))
         return t_ps
 
     def to_wide_(self, y_pd: torch.Tensor, h_pf: torch.Tensor, expert: int) -> None:
         "`y = V G^T h`, in place."
         at, rank = self.wide_at[expert], self.wide[expert]
-        if rank: torch.mm(h_pf @ self.rows(self.G, at, rank).t(), self.rows(self.V, at, rank), out=y_pd)
+        if rank: torch.mm(h_pf @ self.G.narrow(0, at, rank).t(), self.V.narrow(0, at, rank), out=y_pd)
         else: y_pd.zero_()
 
 # %% ../nbs/02a_fast_experts.ipynb #9d64c2f5
@@ -131,36 +125,30 @@ def both_cores(experts: SharedCoreExperts, x_Td: torch.Tensor) -> torch.Tensor:
     return z_T2f
 
 
-def slices_of(experts: SharedCoreExperts, x_Td: torch.Tensor, pairs: int, active: int) -> tuple[torch.dtype, tuple[FactorSlices, ...]]:
-    "Data type to compute `pairs` of `active` experts in, and gate, up and down in it: fp32 where half-precision products would have few rows."
-    dtype = torch.float32 if x_Td.dtype.itemsize < 4 and pairs <= 16 * active else x_Td.dtype
-    return dtype, tuple(FactorSlices(core, experts.gate, dtype) for core in (experts.gate, experts.up, experts.down))
-
-
-def token_forward(experts: SharedCoreExperts, x_1d: torch.Tensor, chosen: list[int], weight_1K: torch.Tensor) -> torch.Tensor:
+def token_forward(experts: SharedCoreExperts, slices: tuple, x_1d: torch.Tensor, chosen: list[int], weight_1K: torch.Tensor) -> torch.Tensor:
     "The forward of one token through the `chosen` experts."
-    dtype, (gate, up, down) = slices_of(experts, x_1d, len(chosen), len(chosen))
-    a_K2f, wide_1d = both_cores(experts, x_1d).to(dtype).repeat(len(chosen), 1), x_1d.to(dtype)
-    y_Kd = torch.empty_like(wide_1d).repeat(len(chosen), 1)
-    for a_12f, expert in zip(a_K2f.split(1), chosen): inner_(gate, up, a_12f, wide_1d, expert)
+    gate, up, down = slices
+    a_K2f, y_Kd = both_cores(experts, x_1d).repeat(len(chosen), 1), x_1d.new_empty(len(chosen), x_1d.shape[1])
+    for a_12f, expert in zip(a_K2f.split(1), chosen): inner_(gate, up, a_12f, x_1d, expert)
     h_Kf = experts.template._apply_gate(a_K2f).mul_(weight_1K.t())
     for y_1d, h_1f, expert in zip(y_Kd.split(1), h_Kf.split(1), chosen): outer_(down, y_1d, h_1f, expert)
-    return y_Kd.sum(0, keepdim=True).add_(experts.down.to_wide(h_Kf.sum(0, keepdim=True).to(x_1d.dtype))).to(x_1d.dtype)
+    h_1f, y_1d = (value_Kn.sum(0, keepdim=True, dtype=torch.promote_types(value_Kn.dtype, torch.float32)) for value_Kn in (h_Kf, y_Kd))
+    return y_1d.add_(experts.down.to_wide(h_1f.to(x_1d.dtype))).to(x_1d.dtype)
 
 # %% ../nbs/02a_fast_experts.ipynb #7aa0fb96
 def loop_forward(experts: SharedCoreExperts, x_Td: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     "`plain_forward` without gradient: only chosen experts, no copy of a weight, nothing of the size `[P, d]` but for a chunk of pairs."
     if torch.is_grad_enabled(): raise ValueError("shared_core_loop has no gradient: use it under torch.no_grad(), or choose shared_core")
+    gate, up, down = (FactorSlices(core, experts.gate) for core in (experts.gate, experts.up, experts.down))
     chosen = top_k_index[0].tolist() if len(x_Td) == 1 else []
-    if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts: return token_forward(experts, x_Td, chosen, top_k_weights)
+    if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts: return token_forward(experts, (gate, up, down), x_Td, chosen, top_k_weights)
     token_P, slot_P, counts = sorted_pairs(top_k_index, experts.num_experts)
-    dtype, (gate, up, down) = slices_of(experts, x_Td, len(token_P), len(counts) - counts.count(0))
     weight_P1, f = top_k_weights[token_P, slot_P, None], experts.down.core.shape[0]
-    z_T2f, wide_Td = both_cores(experts, x_Td).to(dtype), x_Td.to(dtype)
+    z_T2f = both_cores(experts, x_Td)
     h_Tf, y_Td = (x_Td.new_zeros(len(x_Td), n, dtype=torch.promote_types(x_Td.dtype, torch.float32)) for n in (f, x_Td.shape[1]))
     for first, end, chunk in expert_chunks(counts):
         token_p = token_P[first:end]
-        x_pd, a_p2f = wide_Td.index_select(0, token_p), z_T2f.index_select(0, token_p)
+        x_pd, a_p2f = x_Td.index_select(0, token_p), z_T2f.index_select(0, token_p)
         for expert, at, count in chunk: inner_(gate, up, a_p2f.narrow(0, at, count), x_pd.narrow(0, at, count), expert)
         h_pf, y_pd = experts.template._apply_gate(a_p2f).mul_(weight_P1[first:end]), torch.empty_like(x_pd)
         for expert, at, count in chunk: outer_(down, y_pd.narrow(0, at, count), h_pf.narrow(0, at, count), expert)
