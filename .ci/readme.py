@@ -32,6 +32,9 @@ def render(root=ROOT):
             if "#| echo: false" in lines:
                 cell.metadata["transient"] = {"remove_source": True}
             cell.source = "\n".join(line for line in lines if not line.lstrip().startswith("#|")).strip()
+            for output in cell.outputs:
+                if "text/markdown" in output.get("data", {}):
+                    output["data"]["text/markdown"] = LINK.sub(from_root, "".join(output["data"]["text/markdown"]))
     nb.metadata["language_info"] = {"name": "python"}
     text, resources = MarkdownExporter().from_notebook_node(
         nb, resources={"unique_key": "index", "output_files_dir": IMAGES})
