@@ -111,12 +111,13 @@ def gated(experts: nn.Module, inner_pf: list[torch.Tensor], bias: torch.Tensor |
     return experts.act_fn(gate_pf) * up_pf
 
 # %% ../nbs/01_experts.ipynb #151ed1f0
-def run_expert(experts: nn.Module, e: int, x_pd: torch.Tensor) -> torch.Tensor:
-    "Outputs `[p, d]` of expert `e` of `experts`, before routing weights, from the canonical weights."
+def run_expert(experts: nn.Module, e: int, x_pd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "Hidden activations `[p, f]` and outputs `[p, d]` of expert `e` of `experts`, before routing weights, from the canonical weights."
     *inner, down = (weight_Eoi[e] for weight_Eoi in read_experts(experts).values())
     bias, down_bias = (getattr(experts, name)[e] for name in layout_of(experts).biases) if layout_of(experts).has_bias else (None, 0)
-    y_pd = gated(experts, [x_pd @ weight_fd.T for weight_fd in inner], bias) @ down.T + down_bias
-    return experts.post_expert_norm(y_pd) if layout_of(experts).has_post_expert_norm else y_pd
+    h_pf = gated(experts, [x_pd @ weight_fd.T for weight_fd in inner], bias)
+    y_pd = h_pf @ down.T + down_bias
+    return h_pf, experts.post_expert_norm(y_pd) if layout_of(experts).has_post_expert_norm else y_pd
 
 # %% ../nbs/01_experts.ipynb #4a75c97d
 def routing(experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor | None = None, top_k_weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -134,7 +135,7 @@ def check_function(name: str, experts: nn.Module, tokens: int = 4) -> None:
     "Raise `ValueError` unless `experts` (called `name`) computes what `run_expert` does, on a few random tokens and the last expert."
     E, d = experts.down_proj.shape[0], read_experts(experts)["up_proj"].shape[2]
     x_Td = torch.randn(E, tokens, d, generator=torch.Generator().manual_seed(0)).to(experts.down_proj)
-    expected = run_expert(experts, E - 1, x_Td[-1])
+    _, expected = run_expert(experts, E - 1, x_Td[-1])
     alone = len(inspect.signature(experts.forward).parameters) == 1
     if alone: found = experts(x_Td.flatten(0, 1)).view(E, tokens, d)[-1]
     else: found = experts(x_Td[-1], torch.tensor([[E - 1, 0]] * tokens, device=x_Td.device), torch.tensor([[1., 0.]] * tokens).to(x_Td))
