@@ -78,7 +78,7 @@ class FactorSlices:
     "Rows of each expert in the factors of one projection, as views; products with them land where they are needed."
 
     def __init__(self, core: SharedCore, wide_of: SharedCore):
-        stored = core._parameters  # attributes of a module are found ten times as slowly
+        stored = core._parameters  # found sooner than attributes of the module
         self.P, self.Q, self.G, self.V = stored["P"], stored["Q"], stored["G"], wide_of._parameters["V"] if stored["V"] is None else stored["V"]
         (self.narrow, self.narrow_at, *_), (self.wide, self.wide_at, *_) = (host_ranks(core, name) for name in ("narrow_ranks", "wide_ranks"))
 

@@ -35,7 +35,7 @@ class ExpertFactors(NamedTuple):
         return h_pf + (h_pf @ self.P.T) @ self.Q if len(self.P) else h_pf, (h_pf @ self.G.T) @ self.V
 
     def weight(self, core_fd: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        "Full `X_e` `[f, d]`, or its transpose, as one product: `P^T (Q C) + G^T V`. In bf16 `Q C` is two numbers and a rest, so that all is rounded once."
+        "Full `X_e` `[f, d]`, or its transpose, as one product: `P^T (Q C) + G^T V`. In bf16 `Q C` goes in as two numbers, its rounded value and the rest, so that the weight is rounded once."
         left_Rf, right_Rd, wide = self.G, self.V, torch.promote_types(core_fd.dtype, torch.float32)
         if len(self.P):
             QC_rd = self.Q.to(wide) @ core_fd.to(wide)
