@@ -7,7 +7,7 @@ READY = $(VENV)/.installed
 OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 \
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help demo test test-slow docs refresh export clean-notebooks
+.PHONY: help demo lab test test-slow docs refresh export clean-notebooks
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,6 +21,9 @@ $(READY): settings.ini setup.py constraints.txt
 
 demo: $(READY) ## compress, distill and evaluate a small model on a CPU, into runs/demo
 	@$(BIN)/moe-nb demo --output_dir runs/demo
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	@PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/tutorials/quickstart.ipynb
 
 test: $(READY) ## run every notebook as a test, then pytest
 	@status=0; \
