@@ -25,7 +25,7 @@ STYLE = {
     "figure.facecolor": _PANEL, "axes.facecolor": _PANEL, "savefig.facecolor": _PANEL, "savefig.transparent": False, "figure.dpi": 100,
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#d8d8d4", "axes.axisbelow": True,
-    "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "lines.linewidth": 1.8, "lines.markersize": 6, "legend.frameon": False,
+    "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "lines.linewidth": 1.8, "lines.markersize": 6, "legend.frameon": False, "axes.prop_cycle": plt.cycler(color=COLORS),
 }
 
 # %% ../nbs/12_plots.ipynb #b1c11289
@@ -80,7 +80,7 @@ def plot_frontier(points,  # List of dicts or DataFrame: method, ratio (stored /
                   title: str = "",
                   log: bool = False  # Logarithmic perplexity, where methods differ by factors
                  ) -> Figure:
-    """Perplexity against stored expert parameters, one line per method, from saved results.
+    """Perplexity against stored expert parameters, one line per method, the first on top, from saved results.
 
     >>> fig = plot_frontier([{"method": "a", "ratio": r, "perplexity": 5 / r} for r in (.5, .25)], original=4)
     >>> ax, = fig.axes
@@ -91,8 +91,8 @@ def plot_frontier(points,  # List of dicts or DataFrame: method, ratio (stored /
     if original is not None and not (math.isfinite(original) and original > 0): raise ValueError(f"original must be a positive finite number; got {original}")
     fig, ax = figure(xlabel="stored expert parameters (% of the original)", ylabel="perplexity (per token)", title=title)
     with plt.rc_context(STYLE):
-        for (method, group), color, marker in zip(table.groupby("method", sort=False), COLORS, MARKERS):
-            ax.plot(100 * group["ratio"], group["perplexity"], color=color, marker=marker, label=method)
+        for n, (method, group) in enumerate(table.groupby("method", sort=False)):
+            ax.plot(100 * group["ratio"], group["perplexity"], color=COLORS[n], marker=MARKERS[n], label=method, zorder=3 - n / len(COLORS))
         if original is not None: ax.axhline(original, color=_INK, linestyle="--", linewidth=1.2, label="original")
         if log: plain_log_scale(ax)
         ax.legend()
@@ -160,6 +160,7 @@ def plot_evaluations(rows: list[dict],  # As in `results.jsonl`, of one configur
             best = steps.loc[steps.value.idxmax() if table.higher_is_better[0] else steps.value.idxmin()]
             ax.plot([best.step], [best.value], linestyle="", marker="o", markersize=12, markerfacecolor="none", color=COLORS[1], label=f"best, step {best.step:.0f}")
         if len(teacher): ax.axhline(teacher.value.iloc[-1], color=_INK, linestyle="--", linewidth=1.2, label="teacher")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.legend()
     return fig
 
