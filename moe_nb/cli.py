@@ -172,7 +172,7 @@ def distill(argv: list[str]) -> None:
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
     model: str = field(metadata={"help": "a directory (compressed or not) or a hub id"})
-    tasks: str = field(metadata={"help": "lm-eval tasks, separated by commas; tiny_next_word and tiny_perplexity come with the package"})
+    tasks: list[str] = field(metadata={"help": "lm-eval tasks; tiny_next_word and tiny_perplexity come with the package"})
     batch_size: int = field(default=8, metadata={"help": "sequences at a time"})
     limit: int | None = field(default=None, metadata={"help": "first items of each task only"})
     num_fewshot: int | None = field(default=None, metadata={"help": "examples in the prompt; default what the task says"})
@@ -184,8 +184,8 @@ class EvaluateArguments:
 
 def repeat_command(arguments: EvaluateArguments) -> str:
     "The command that gives the same scores, in the directory of the model."
-    flags = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in ("model", "output", "device_map") and getattr(arguments, f.name) != f.default}
-    return " ".join(["moe-nb evaluate --model .", *(f"--{name} {Path(str(value)).name if name == 'include_path' else value}" for name, value in flags.items())])
+    flags = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in ("model", "tasks", "output", "device_map") and getattr(arguments, f.name) != f.default}
+    return " ".join(["moe-nb evaluate --model . --tasks", *arguments.tasks, *(f"--{name} {Path(str(value)).name if name == 'include_path' else value}" for name, value in flags.items())])
 
 
 def evaluate(argv: list[str]) -> None:
@@ -198,7 +198,7 @@ def evaluate(argv: list[str]) -> None:
 
     arguments, = parse(argv, "evaluate", EvaluateArguments)
     options = {name: getattr(arguments, name) for name in ("batch_size", "limit", "num_fewshot", "include_path", "device_map", "dtype")}
-    results = evaluate_model(arguments.model, arguments.tasks, **options)
+    results = evaluate_model(arguments.model, ",".join(arguments.tasks), **options)
     if arguments.output: Path(arguments.output).write_text(json.dumps(results, indent=2))
     print(pd.DataFrame(results).T.to_string())
     if not any((Path(arguments.model) / marker).is_file() for marker in (METADATA, EXPORT_RECORD)): return
@@ -299,7 +299,7 @@ NEXT_STEPS = """
 next, with your own model (a directory or a hub id):
   moe-nb compress --model MODEL --output_dir models/compressed --ratio 0.25
   moe-nb inspect models/compressed
-  moe-nb evaluate --model models/compressed --tasks TASK,TASK
+  moe-nb evaluate --model models/compressed --tasks TASK TASK
   moe-nb distill --teacher_model MODEL --student_model_path models/compressed --output_dir runs/distill
   moe-nb watch --run runs/distill --tasks TASK TASK
   moe-nb export --model models/compressed --output_dir models/exported"""
