@@ -50,16 +50,16 @@ def report(path: str | Path) -> str:
     for kind in ("total", "active", "expert"):
         before, after = (statistics[f"{kind}_params_{state}"] for state in ("original", "compressed"))
         lines.append(f"{kind:>6} parameters  {before:>16,} -> {after:>16,}  {after / before:7.1%} of the original")
-    return "\n".join([*lines, "", layer_table(path).round(4).to_string(index=False)])
+    return "\n".join([*lines, "", layer_table(path).round(3).to_string(index=False)])
 
 # %% ../nbs/12b_report.ipynb #9fb44bc4
 def layer_table(path: str | Path) -> pd.DataFrame:
-    "One row per layer: parameters, mean and largest rank of its experts, relative errors."
+    "One row per layer: stored parameters and their share, mean and largest rank of its experts, relative errors, and how many experts saw no token."
     records, ranks = layer_records(path), rank_tables(path)
-    table = pd.DataFrame([dict(layer=int(layer.removeprefix("layer_")), parameters=record["params_compressed"], ratio=record["compression_ratio"]) for layer, record in records.items()]).set_index("layer")
-    for projection, of in ranks.items(): table = table.assign(**{f"rank {projection}": of.mean(axis=1).round(1), "largest" if projection == "gate and up" else f"largest {projection}": of.max(axis=1)})
+    table = pd.DataFrame([dict(layer=int(layer.removeprefix("layer_")), stored=record["params_compressed"], ratio=record["compression_ratio"]) for layer, record in records.items()]).set_index("layer")
+    for projection, of in ranks.items(): table[f"rank {projection}"] = [f"{mean:.1f}, max {largest}" for mean, largest in zip(of.mean(axis=1), of.max(axis=1))]
     table = table.join(error_table(path).add_prefix("error "))
-    if any(record["experts_without_tokens"] for record in records.values()): table["experts without tokens"] = [len(record["experts_without_tokens"]) for record in records.values()]
+    if any(record["experts_without_tokens"] for record in records.values()): table["unseen experts"] = [len(record["experts_without_tokens"]) for record in records.values()]
     return table.reset_index()
 
 # %% ../nbs/12b_report.ipynb #c87f851d
