@@ -92,6 +92,13 @@ def test_notebook_holds_no_noise(path):
         assert not found, f"the outputs of cell {cell['id']} hold {found}"
 
 
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.parent.name == "experiments"], ids=name)
+def test_experiment_has_parameters(path):
+    "What `moe-nb notebook FILE -p name=value` can change, in one cell"
+    tagged = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1 and tagged[0]["cell_type"] == "code"
+
+
 # README
 
 def script(name):
