@@ -85,7 +85,7 @@ def compress(argv: list[str]) -> None:
     planned = None
     if arguments.device_map is None and arguments.calibration != "self":
         if config.by_budget:
-            planned = make_plan(arguments.model, config, calibration_tokens=sum(map(len, sequences or [])), device=processes().device)
+            planned = make_plan(arguments.model, config, processes=processes().num_processes, calibration_tokens=sum(map(len, sequences or [])), device=processes().device)
             check_disk(planned, arguments.output_dir)
         statistics = compress_checkpoint(arguments.model, arguments.output_dir, config, sequences, tokenizer=tokenizer, weights_format=arguments.weights_format)
     else:

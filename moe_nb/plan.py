@@ -49,7 +49,7 @@ LIBRARIES = 5e8  # Bytes of a process that has loaded everything but a model
 
 
 def peak_bytes(experts: dict[str, nn.Module], calibrated: bool) -> float:
-    "Most memory of one process; without data the factor is measured (experiments/streaming)."
+    "Most memory of one process, with room above what was measured without data (experiments/streaming)."
     largest = max(experts.values(), key=layer_bytes)
     E, d, f = read_experts(largest)["down_proj"].shape
     return LIBRARIES + 5.5 * layer_bytes(largest) + (3 * 4 * E * (d * d + 5 * f * f) if calibrated else 0)

@@ -220,7 +220,7 @@ def heat_maps(panels: list[HeatMap],  # Side by side, over the same rows
 def rank_panels(ranks: dict[str, pd.DataFrame]) -> list[HeatMap]: return [HeatMap(table, "rank of the factors", "expert", name) for name, table in ranks.items()]
 
 # %% ../nbs/12_plots.ipynb #e42ce0c6
-def error_panel(errors: pd.DataFrame) -> HeatMap: return HeatMap(errors, "relative error", "of the weights, of the output")
+def error_panel(errors: pd.DataFrame) -> HeatMap: return HeatMap(errors, "relative squared error", "of the weights, of the output")
 
 # %% ../nbs/12_plots.ipynb #236007eb
 def plot_ranks(ranks: dict[str, pd.DataFrame],  # Projection -> rank of the factors, one row per layer, one column per expert
@@ -235,11 +235,11 @@ def plot_ranks(ranks: dict[str, pd.DataFrame],  # Projection -> rank of the fact
     return heat_maps(rank_panels(ranks), title=title)
 
 # %% ../nbs/12_plots.ipynb #7f638e4b
-def plot_errors(errors: pd.DataFrame,  # Norm of the difference / norm, one row per layer, one column for each projection or output
+def plot_errors(errors: pd.DataFrame,  # Squared norm of the difference / squared norm, one row per layer, one column for each projection or output
                 *,
                 title: str = ""
                ) -> Figure:
-    """The relative error of each layer, weights and output.
+    """The relative squared error of each layer, weights and output.
 
     >>> ax, _ = plot_errors(pd.DataFrame([[.5, .4], [.3, .2]], columns=["down", "output"])).axes
     >>> ax.images[0].get_array().tolist()

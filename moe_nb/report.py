@@ -36,7 +36,7 @@ def layer_records(path: str | Path) -> dict:
 
 # %% ../nbs/12b_report.ipynb #c1891173
 def error_table(path: str | Path) -> pd.DataFrame:
-    "Relative errors, one row per layer: of the weights of each projection, and of the output where it is known."
+    "Relative squared errors, one row per layer: of the weights of each projection, and of the output where it is known."
     def errors(record): return {**{name.removesuffix("_proj"): error for name, error in record["relative_error"].items()}, **({"output": record["output_error"]["refined"]} if "output_error" in record else {})}
     return pd.DataFrame.from_dict({int(layer.removeprefix("layer_")): errors(record) for layer, record in layer_records(path).items()}, orient="index")
 
@@ -54,7 +54,7 @@ def report(path: str | Path) -> str:
 
 # %% ../nbs/12b_report.ipynb #9fb44bc4
 def layer_table(path: str | Path) -> pd.DataFrame:
-    "One row per layer: stored parameters and their share, mean and largest rank of its experts, relative errors, and how many experts saw no token."
+    "One row per layer: stored parameters and their share, mean and largest rank of its experts, relative squared errors, and how many experts saw no token."
     records, ranks = layer_records(path), rank_tables(path)
     table = pd.DataFrame([dict(layer=int(layer.removeprefix("layer_")), stored=record["params_compressed"], ratio=record["compression_ratio"]) for layer, record in records.items()]).set_index("layer")
     for projection, of in ranks.items(): table[f"rank {projection}"] = [f"{mean:.1f}, max {largest}" for mean, largest in zip(of.mean(axis=1), of.max(axis=1))]

@@ -1,4 +1,4 @@
-"One family of transformers for each layout of experts, through everything: the table of all of them is nbs/experiments/families.ipynb."
+"Six families of transformers, of four layouts of experts, through everything: the table of all of them is nbs/experiments/families.ipynb."
 import pytest
 from families import CAPABILITIES, TICK, prove
 
