@@ -19,7 +19,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --use-pep517 -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## compress, distill and evaluate a small model on a CPU, into runs/demo
+demo: $(READY) ## compress, export and evaluate a small model on a CPU, into runs/demo
 	@$(BIN)/moe-nb demo --output_dir runs/demo
 
 lab: $(READY) ## open the notebooks in JupyterLab

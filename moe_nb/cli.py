@@ -297,12 +297,12 @@ def demo_points(arguments: DemoArguments, tokenizer) -> list[dict]:
 # %% ../nbs/13_cli.ipynb #1bd85c2c
 NEXT_STEPS = """
 next, with your own model (a directory or a hub id):
-  moe-nb compress --model MODEL --output_dir models/compressed --ratio 0.25
+  moe-nb compress --model MODEL --output_dir models/compressed --ratio 0.25 --calibration TEXTS
   moe-nb inspect models/compressed
-  moe-nb evaluate --model models/compressed --tasks TASK TASK
-  moe-nb distill --teacher_model MODEL --student_model_path models/compressed --output_dir runs/distill
+  moe-nb distill --teacher_model MODEL --student_model_path models/compressed --output_dir runs/distill --dataset TEXTS
   moe-nb watch --run runs/distill --tasks TASK TASK
-  moe-nb export --model models/compressed --output_dir models/exported"""
+  moe-nb evaluate --model runs/distill/final --tasks TASK TASK
+  moe-nb export --model runs/distill/final --output_dir models/exported"""
 
 # %% ../nbs/13_cli.ipynb #6a0db44d
 def demo(argv: list[str]) -> None:
