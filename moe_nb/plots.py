@@ -160,7 +160,7 @@ def plot_evaluations(rows: list[dict],  # As in `results.jsonl`, of one configur
             best = steps.loc[steps.value.idxmax() if table.higher_is_better[0] else steps.value.idxmin()]
             ax.plot([best.step], [best.value], linestyle="", marker="o", markersize=12, markerfacecolor="none", color=COLORS[1], label=f"best, step {best.step:.0f}")
         if len(teacher): ax.axhline(teacher.value.iloc[-1], color=_INK, linestyle="--", linewidth=1.2, label="teacher")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         ax.legend()
     return fig
 
