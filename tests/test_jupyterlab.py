@@ -11,13 +11,13 @@ import sys
 import time
 import urllib.request
 import uuid
-from pathlib import Path
 
+import nbformat
 import pytest
 import websocket  # comes with jupyter_server
+from test_repository import NOTEBOOKS, ROOT, name, script
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(path.relative_to(ROOT / "nbs") for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+skipped = script("refresh").skipped
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -109,12 +109,11 @@ def choose(send, menu, command):
 
 def without_flagged(path, copy):
     "The notebook without its outputs and the cells that need hours, a GPU or a terminal"
-    notebook = json.loads(path.read_text())
-    flag = re.compile(r"#\|\s*(slow|cuda|eval:\s*false)\b")
-    notebook["cells"] = [cell for cell in notebook["cells"] if not any(map(flag.match, cell["source"]))]
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type != "code" or not skipped(cell, {"slow", "cuda"})]
     for cell in code_cells(notebook):
         cell.update(outputs=[], execution_count=None)
-    copy.write_text(json.dumps(notebook))
+    nbformat.write(notebook, copy)
 
 
 def code_cells(notebook):
@@ -123,14 +122,14 @@ def code_cells(notebook):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH")
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
 def test_runs_in_jupyterlab(notebook, tmp_path):
     "Opened by a browser and run whole from the menu: the last cell ends, none with an error, and the saved file has every output"
     root = tmp_path / "checkout"
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs"))
-    path = root / "nbs" / notebook
-    without_flagged(ROOT / "nbs" / notebook, path)
-    with lab(root, tmp_path) as address, page(address("/lab/tree/nbs/" + notebook.as_posix()), tmp_path) as send:
+    path = root / name(notebook)
+    without_flagged(notebook, path)
+    with lab(root, tmp_path) as address, page(address("/lab/tree/" + name(notebook)), tmp_path) as send:
         wait_for(lambda: any(s["kernel"]["connections"] and s["kernel"]["execution_state"] == "idle" for s in json.load(urllib.request.urlopen(address("/api/sessions")))), 120, "the kernel")
         choose(send, "Run", "runmenu:run-all")
         last = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1)?.innerText || ''"
