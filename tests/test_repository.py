@@ -133,7 +133,7 @@ def numbers(text):
 
 def prose(source):
     "The words of a markdown cell, without code, formulas, addresses, sources and the numbers of sections"
-    for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"`[^`]*`", r"\$[^$\n]*\$", r"\]\([^)]*\)", r"arXiv:? ?\d{4}\.\d{5}", r"\b(19|20)\d\d\b", r"section \d[\d.]*"):
+    for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"`[^`]*`", r"\$[^$\n]*\$", r"\]\([^)]*\)", r"arXiv:? ?\d{4}\.\d{5}", r"\b(19\d\d|20[0-2]\d)\b", r"section \d[\d.]*"):
         source = re.sub(pattern, " ", source, flags=re.DOTALL)
     return re.sub(r"^(#+ )?\d+\. ", "", source, flags=re.MULTILINE)
 
