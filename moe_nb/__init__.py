@@ -15,10 +15,12 @@ def _helps() -> bool:
 
 if not _helps():  # every other process has all of the package, registered with transformers
     import moe_nb.fast_experts  # puts the faster forms of the experts behind the switch of transformers
-    from moe_nb.calibrate import read_texts, self_sequences, token_sequences
     from moe_nb.checkpoint import load_compressed_model, save_compressed_model
-    from moe_nb.compress import CompressionConfig, CompressionStatistics, compress_model
+    from moe_nb.compress import compress_model
     from moe_nb.evaluate import evaluate_model, perplexity
     from moe_nb.export import export_to_hf_format
+    from moe_nb.layer import CompressionConfig
+    from moe_nb.statistics import CompressionStatistics
     from moe_nb.stream import compress_checkpoint
+    from moe_nb.text import read_texts, self_sequences, token_sequences
     from moe_nb.tiny import load_tiny, tiny_path, tiny_text

@@ -11,8 +11,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moe_nb.checkpoint import bare_model, compressed_experts, load_compressed_model, save_compressed_model
-from moe_nb.compress import CompressionConfig, compress_model
+from moe_nb.hf_names import bare_model
+from moe_nb.shared_core import compressed_experts
+from moe_nb.checkpoint import load_compressed_model, save_compressed_model
+from moe_nb.layer import CompressionConfig
+from moe_nb.compress import compress_model
 from moe_nb.experts import find_experts, layout_of
 from moe_nb.export import export_to_hf_format
 from moe_nb.shards import open_source

@@ -18,9 +18,12 @@ import torch
 
 from moe_nb import async_eval, eval_worker, resume
 from moe_nb.async_eval import CheckpointEvaluator, EvaluationFolder
-from moe_nb.checkpoint import save_compressed_model, sha256
-from moe_nb.compress import CompressionConfig, compress_model
-from moe_nb.eval_queue import EvaluationConfig, best_of, queued, read_results
+from moe_nb.checkpoint import save_compressed_model
+from moe_nb.files import sha256
+from moe_nb.layer import CompressionConfig
+from moe_nb.compress import compress_model
+from moe_nb.eval_queue import EvaluationConfig, best_of, queued
+from moe_nb.files import read_lines
 from moe_nb.evaluate import evaluate_model
 from moe_nb.export import export_to_hf_format
 from moe_nb.resume import DONE, CompressedModelSaveCallback, checkpoints, publish, rotate
@@ -54,7 +57,7 @@ TASK = """
 import time
 from pathlib import Path
 from datasets import Dataset
-from moe_nb.evaluate import next_word_items
+from moe_nb.tiny import next_word_items
 from moe_nb.tiny import tiny_text
 
 def first_time():

@@ -15,10 +15,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from moe_nb.compress import CompressionConfig, compress_model
+from moe_nb.layer import CompressionConfig
+from moe_nb.compress import compress_model
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model, verify_directory
 from moe_nb.distill import DistillationConfig, distill
-from moe_nb.resume import STATE, checkpoints, newest_checkpoint, stored_model
+from moe_nb.stream import STATE
+from moe_nb.resume import checkpoints, newest_checkpoint, stored_model
 from moe_nb.tiny import load_tiny, tiny_path
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from moe_nb.hf_names import Fp8Dequantize
 
 from moe_nb.checkpoint import METADATA, load_compressed_model
-from moe_nb.shards import work_folder
+from moe_nb.files import work_folder
 from moe_nb.tiny import tiny_path
 
 ROOT = Path(__file__).resolve().parent.parent
