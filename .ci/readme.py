@@ -1,4 +1,5 @@
 "Render README.md from nbs/index.ipynb: the outputs stored in the notebook, without its hidden cells."
+
 import posixpath
 import re
 from pathlib import Path
@@ -22,7 +23,9 @@ def from_root(match):
 
 def render(root=ROOT):
     "Return the text of README.md and its images, a dict from path to bytes"
-    nb = NBProcessor(Path(root) / NOTEBOOK, [hide_, hide_line, rm_export, strip_ansi], process=True).nb
+    nb = NBProcessor(
+        Path(root) / NOTEBOOK, [hide_, hide_line, rm_export, strip_ansi], process=True
+    ).nb
     nb = nbformat.reads(nb2str(nb), as_version=4)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
@@ -31,13 +34,18 @@ def render(root=ROOT):
             lines = cell.source.splitlines()
             if "#| echo: false" in lines:
                 cell.metadata["transient"] = {"remove_source": True}
-            cell.source = "\n".join(line for line in lines if not line.lstrip().startswith("#|")).strip()
+            cell.source = "\n".join(
+                line for line in lines if not line.lstrip().startswith("#|")
+            ).strip()
             for output in cell.outputs:
                 if "text/markdown" in output.get("data", {}):
-                    output["data"]["text/markdown"] = LINK.sub(from_root, "".join(output["data"]["text/markdown"]))
+                    output["data"]["text/markdown"] = LINK.sub(
+                        from_root, "".join(output["data"]["text/markdown"])
+                    )
     nb.metadata["language_info"] = {"name": "python"}
     text, resources = MarkdownExporter().from_notebook_node(
-        nb, resources={"unique_key": "index", "output_files_dir": IMAGES})
+        nb, resources={"unique_key": "index", "output_files_dir": IMAGES}
+    )
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M))
     return text.strip() + "\n", dict(resources["outputs"])
 

@@ -1,4 +1,5 @@
 "Run notebooks in place and store their outputs: `python .ci/refresh.py [notebook or folder ...]`."
+
 import base64
 import io
 import os
@@ -15,20 +16,32 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = dict(
-    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
-    TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", PYTHONHASHSEED="0",
-    PYTHONWARNINGS="ignore:IProgress not found", PYTHONPATH=str(ROOT))
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TQDM_DISABLE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    PYTHONHASHSEED="0",
+    PYTHONWARNINGS="ignore:IProgress not found",
+    PYTHONPATH=str(ROOT),
+)
 
 
 def skipped(cell, flags):
     "True for a cell that keeps its stored output: the ones that nbdev_test skips too"
     directives = extract_directives(cell, remove=False)
-    return (bool(flags & directives.keys()) or "nbdev_export(" in cell.source
-            or directives.get("eval:", [""])[0].lower() == "false")
+    return (
+        bool(flags & directives.keys())
+        or "nbdev_export(" in cell.source
+        or directives.get("eval:", [""])[0].lower() == "false"
+    )
 
 
 class Client(NotebookClient):
     "Runs the cells without a skip flag, in the notebook's own folder"
+
     flags = frozenset()
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
@@ -39,7 +52,12 @@ class Client(NotebookClient):
 
 def shrink_figures(nb):
     "Store figures with 64 colours: a quarter of the size, and the eye sees no difference"
-    for data in (output["data"] for cell in nb.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})):
+    for data in (
+        output["data"]
+        for cell in nb.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ):
         image, small = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))), io.BytesIO()
         if image.mode != "P":
             image.convert("RGB").quantize(64).save(small, "PNG", optimize=True)
@@ -50,9 +68,15 @@ def refresh(path, flags):
     "Run the notebook at `path` and write it back; a cell that raises leaves the file as it was"
     start = time.time()
     nb = nbformat.read(path, as_version=4)
-    client = Client(nb, timeout=3600, kernel_name="python3", record_timing=False, coalesce_streams=True,
-                    extra_arguments=["--log-level=40"],
-                    resources={"metadata": {"path": str(path.parent)}})
+    client = Client(
+        nb,
+        timeout=3600,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=40"],
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     client.flags = flags
     client.execute()
     shrink_figures(nb)
@@ -64,13 +88,22 @@ def refresh(path, flags):
 def notebooks(names):
     "The notebooks named, or found under the folders named"
     for name in map(Path, names):
-        yield from ([name.resolve()] if name.suffix == ".ipynb" else sorted(
-            p.resolve() for p in name.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(name).parts)))
+        yield from (
+            [name.resolve()]
+            if name.suffix == ".ipynb"
+            else sorted(
+                p.resolve()
+                for p in name.rglob("*.ipynb")
+                if not any(part[0] in "._" for part in p.relative_to(name).parts)
+            )
+        )
 
 
 def main():
     "Refresh the notebooks on the command line, or all of them"
-    os.environ.update(QUIET, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    os.environ.update(
+        QUIET, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     os.environ.pop("IN_TEST", None)
     paths = list(notebooks(sys.argv[1:] or [ROOT / "nbs"]))
     os.chdir(ROOT)  # nbdev looks for settings.ini from the current folder

@@ -1,4 +1,5 @@
 "Distillation in processes of its own: killed and resumed, two instead of one, sharded."
+
 import json
 import multiprocessing
 import os
@@ -30,13 +31,31 @@ ROOT = Path(__file__).resolve().parent.parent
 def student(tmp_path_factory):
     path = tmp_path_factory.mktemp("student") / "student"
     model, tokenizer = load_tiny()
-    return save_compressed_model(compress_model(model, CompressionConfig(ratio=.25, rounds=1, align_width=0))[0], path, tokenizer)
+    return save_compressed_model(
+        compress_model(model, CompressionConfig(ratio=0.25, rounds=1, align_width=0))[0],
+        path,
+        tokenizer,
+    )
 
 
 def settings(student, output, **changes):
     "A short run as keywords of `DistillationConfig`"
-    return dict(dict(teacher_model=str(tiny_path()), student_model_path=str(student), output_dir=str(output), block_steps=5, block_tokens=4096, max_length=64, max_tokens=32768, max_steps=6, save_steps=3,
-                     logging_steps=1, training_args="{use_cpu: true, disable_tqdm: true}"), **changes)
+    return dict(
+        dict(
+            teacher_model=str(tiny_path()),
+            student_model_path=str(student),
+            output_dir=str(output),
+            block_steps=5,
+            block_tokens=4096,
+            max_length=64,
+            max_tokens=32768,
+            max_steps=6,
+            save_steps=3,
+            logging_steps=1,
+            training_args="{use_cpu: true, disable_tqdm: true}",
+        ),
+        **changes,
+    )
 
 
 def weights(path):
@@ -48,6 +67,7 @@ def history(path):
 
 
 # Killed
+
 
 def child(options):
     os.setsid()
@@ -65,7 +85,9 @@ def start(options):
 def finish(options):
     process = start(options)
     process.join(600)
-    assert process.exitcode == 0, (Path(options["output_dir"]).parent / "log.txt").read_text()[-3000:]
+    assert process.exitcode == 0, (Path(options["output_dir"]).parent / "log.txt").read_text()[
+        -3000:
+    ]
 
 
 @pytest.mark.slow
@@ -78,11 +100,14 @@ def test_kill_at_any_moment_and_resume(student, tmp_path):
     seconds, draw, kills, seen, begins = time.time() - begun, random.Random(0), 0, set(), 0
     while kills < 20:
         if (output / "final").exists():  # finished before the last kill: from the start again
-            assert all(torch.equal(value, weights(output / "final")[name]) for name, value in weights(Path(reference["output_dir"]) / "final").items())
+            assert all(
+                torch.equal(value, weights(output / "final")[name])
+                for name, value in weights(Path(reference["output_dir"]) / "final").items()
+            )
             shutil.rmtree(output)
             begins += 1
         process = start(settings(student, output, **run))
-        process.join(draw.uniform(.05, .9) * seconds)
+        process.join(draw.uniform(0.05, 0.9) * seconds)
         if not process.is_alive():
             assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-3000:]
             continue
@@ -91,16 +116,26 @@ def test_kill_at_any_moment_and_resume(student, tmp_path):
         kills += 1
         found = checkpoints(output)
         for path in found:
-            assert verify_directory(path) and json.loads((path / STATE).read_text())["global_step"] == int(path.name.split("-")[1])
+            assert verify_directory(path) and json.loads((path / STATE).read_text())[
+                "global_step"
+            ] == int(path.name.split("-")[1])
             load_compressed_model(path, device_map={"": "cpu"})
         assert newest_checkpoint(output) == (found[-1] if found else None)
         seen.add(found[-1].name if found else None)
-        for path in (output / "eval_queue").glob("step-*"): verify_directory(path)
+        for path in (output / "eval_queue").glob("step-*"):
+            verify_directory(path)
     finish(settings(student, output, **run))
     assert len(seen) > 5, f"the kills all fell on {seen}"
     ended = weights(output / "final")
-    assert all(torch.equal(value, ended[name]) for name, value in weights(Path(reference["output_dir"]) / "final").items())
-    assert not list(output.glob(".*")) and (output / "eval_queue" / "TRAINING_DONE").is_file() and len(list((output / "eval_queue").glob("step-*"))) == 40
+    assert all(
+        torch.equal(value, ended[name])
+        for name, value in weights(Path(reference["output_dir"]) / "final").items()
+    )
+    assert (
+        not list(output.glob(".*"))
+        and (output / "eval_queue" / "TRAINING_DONE").is_file()
+        and len(list((output / "eval_queue").glob("step-*"))) == 40
+    )
     print(f"{kills} kills, at {sorted(map(str, seen))}, {begins} new beginnings")
 
 
@@ -126,29 +161,57 @@ if "ACCELERATE_USE_FSDP" in os.environ:
 
 def fsdp2():
     "What `accelerate launch` makes of the example configuration"
-    values = yaml.safe_load((ROOT / "nbs" / "experiments" / "accelerate_fsdp2.yaml").read_text())["fsdp_config"]
-    return dict(ACCELERATE_USE_FSDP="true", **{name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()})
+    values = yaml.safe_load((ROOT / "nbs" / "experiments" / "accelerate_fsdp2.yaml").read_text())[
+        "fsdp_config"
+    ]
+    return dict(
+        ACCELERATE_USE_FSDP="true",
+        **{
+            name.upper(): str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in values.items()
+        },
+    )
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_example_configurations_are_accelerates(layout):
     config = load_config_from_file(str(ROOT / "nbs" / "experiments" / f"accelerate_{layout}.yaml"))
-    assert str(config.distributed_type).endswith("FSDP" if layout == "fsdp2" else "MULTI_GPU") and config.num_processes == 8
+    assert (
+        str(config.distributed_type).endswith("FSDP" if layout == "fsdp2" else "MULTI_GPU")
+        and config.num_processes == 8
+    )
 
 
 def launch(options, processes, **environment):
     script = Path(options["output_dir"]).with_suffix(".py")
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script), json.dumps(options)],
-                          env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port=0",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+            str(script),
+            json.dumps(options),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def equal_to_rounding(one, two, student):
     "Losses and gradient norms within 1e-3, weights within a hundredth of what the training moved"
     for a, b in zip(history(one / "checkpoint-6"), history(two / "checkpoint-6"), strict=True):
-        assert all(abs(a[name] / b[name] - 1) < 1e-3 for name in ("loss", "kl", "ce", "grad_norm")), (a, b)
+        assert all(
+            abs(a[name] / b[name] - 1) < 1e-3 for name in ("loss", "kl", "ce", "grad_norm")
+        ), (a, b)
     a, b, before = weights(one / "final"), weights(two / "final"), weights(student)
     moved = max((a[name] - before[name]).abs().max() for name in a)
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-2 * moved and moved > 1e-3
@@ -158,7 +221,9 @@ def equal_to_rounding(one, two, student):
 @pytest.fixture(scope="module")
 def one(student, tmp_path_factory):
     "The run in one process"
-    options = settings(student, tmp_path_factory.mktemp("one") / "run", per_device_train_batch_size=4)
+    options = settings(
+        student, tmp_path_factory.mktemp("one") / "run", per_device_train_batch_size=4
+    )
     finish(options)
     return Path(options["output_dir"])
 
@@ -168,9 +233,16 @@ def test_two_processes_equal_one(student, one, tmp_path):
     launch(options, 2)
     two = Path(options["output_dir"])
     equal_to_rounding(one, two, student)
-    for layer in range(4):  # the block-wise stage is the same computation, whichever process does it
-        assert (one / "blocks" / f"layer_{layer}.safetensors").read_bytes() == (two / "blocks" / f"layer_{layer}.safetensors").read_bytes()
-    assert {path.name for path in (two / "checkpoint-6").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    for layer in range(
+        4
+    ):  # the block-wise stage is the same computation, whichever process does it
+        assert (one / "blocks" / f"layer_{layer}.safetensors").read_bytes() == (
+            two / "blocks" / f"layer_{layer}.safetensors"
+        ).read_bytes()
+    assert {path.name for path in (two / "checkpoint-6").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
 
 
 @pytest.mark.slow
@@ -180,8 +252,11 @@ def test_sharded_processes_equal_one(student, one, tmp_path):
     launch(options, 2, **fsdp2())
     output = Path(options["output_dir"])
     _, ended = equal_to_rounding(one, output, student)
-    assert verify_directory(output / "checkpoint-3") and not list((output / "checkpoint-3").glob("pytorch_model*"))
-    for path in (output / "final", output / "checkpoint-6"): shutil.rmtree(path)
+    assert verify_directory(output / "checkpoint-3") and not list(
+        (output / "checkpoint-3").glob("pytorch_model*")
+    )
+    for path in (output / "final", output / "checkpoint-6"):
+        shutil.rmtree(path)
     launch(options, 2, **fsdp2())
     resumed = weights(output / "final")
     assert all(torch.equal(value, resumed[name]) for name, value in ended.items())
