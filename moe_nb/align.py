@@ -13,13 +13,23 @@ from torch import nn
 from .experts import expert_mean, gated, layout_of, read_experts
 
 # %% ../nbs/21_align.ipynb #862a6f13
-def match(reference_3fd: torch.Tensor, neurons_3fd: torch.Tensor, flips: bool = True) -> torch.Tensor:
+def match(
+    reference_3fd: torch.Tensor, neurons_3fd: torch.Tensor, flips: bool = True
+) -> torch.Tensor:
     "`neurons_3fd` (gate, up, down rows; no gate where there is none) in the order, and with `flips` the signs of up and down, that agree best with `reference_3fd`."
     *gate_ff, up_ff, down_ff = reference_3fd.float() @ neurons_3fd.float().mT
     both_ff = up_ff + down_ff
-    order = torch.as_tensor(linear_sum_assignment(sum(gate_ff, both_ff.abs() if flips else both_ff).cpu(), maximize=True)[1], device=neurons_3fd.device)
+    order = torch.as_tensor(
+        linear_sum_assignment(
+            sum(gate_ff, both_ff.abs() if flips else both_ff).cpu(), maximize=True
+        )[1],
+        device=neurons_3fd.device,
+    )
     matched_3fd = neurons_3fd[:, order]
-    if flips: matched_3fd[-2:] *= torch.where(both_ff.gather(1, order[:, None]) < 0, -1., 1.).to(neurons_3fd)
+    if flips:
+        matched_3fd[-2:] *= torch.where(both_ff.gather(1, order[:, None]) < 0, -1.0, 1.0).to(
+            neurons_3fd
+        )
     return matched_3fd
 
 # %% ../nbs/21_align.ipynb #229968cd
@@ -29,12 +39,14 @@ def align_neurons(neurons_E3fd: torch.Tensor, flips: bool = True, rounds: int = 
     for round in range(rounds):
         moved = False
         for e, neurons_3fd in enumerate(aligned_E3fd):
-            if round == 0 and e == 0: continue
+            if round == 0 and e == 0:
+                continue
             others_3fd = total_3fd if round == 0 else total_3fd - neurons_3fd.float()
             matched_3fd = match(others_3fd, neurons_3fd, flips)
             moved = moved or not torch.equal(matched_3fd, neurons_3fd)
             total_3fd, aligned_E3fd[e] = others_3fd + matched_3fd.float(), matched_3fd
-        if not moved: break
+        if not moved:
+            break
     return aligned_E3fd
 
 # %% ../nbs/21_align.ipynb #29d4a55e
@@ -50,11 +62,19 @@ def neurons_of(experts: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
     "Neurons of all experts, `[E, 3, f, d]` (gate, up, down rows), with biases `[E, 3, f, d + 1]`; and the views of the parameters that they were read from, in the same order."
     weights, layout = read_experts(experts), layout_of(experts)
     views = [weight.mT if name == "down_proj" else weight for name, weight in weights.items()]
-    if not layout.has_bias: return torch.stack(views, dim=1), [views]
+    if not layout.has_bias:
+        return torch.stack(views, dim=1), [views]
     bias = getattr(experts, layout.biases[0]).detach()
-    split = bias.chunk(len(views) - 1, dim=1) if layout.is_concatenated else (bias[:, ::2], bias[:, 1::2])
+    split = (
+        bias.chunk(len(views) - 1, dim=1)
+        if layout.is_concatenated
+        else (bias[:, ::2], bias[:, 1::2])
+    )
     columns = [*(part[:, :, None] for part in split), torch.zeros_like(views[-1][:, :, :1])]
-    return torch.cat([torch.stack(views, dim=1), torch.stack(columns, dim=1)], dim=-1), [views, columns]
+    return torch.cat([torch.stack(views, dim=1), torch.stack(columns, dim=1)], dim=-1), [
+        views,
+        columns,
+    ]
 
 # %% ../nbs/21_align.ipynb #4e126442
 @torch.no_grad()
@@ -62,7 +82,12 @@ def align_experts(experts: nn.Module, rounds: int = 8) -> float:
     "Align the experts of one layer in place; returns the share of their energy that their mean explains (1 / E if they are unrelated)."
     neurons_E3fd, views = neurons_of(experts)
     aligned_E3fd = align_neurons(neurons_E3fd, is_odd_in_up(experts), rounds)
-    for group, aligned in zip(views, aligned_E3fd.split([group[0].shape[-1] for group in views], dim=-1)):
-        for view_Efd, value_Efd in zip(group, aligned.unbind(1)): view_Efd.copy_(value_Efd)
-    energy = sum(neurons_3fd.float().square().sum() for neurons_3fd in aligned_E3fd) / len(aligned_E3fd)
+    for group, aligned in zip(
+        views, aligned_E3fd.split([group[0].shape[-1] for group in views], dim=-1)
+    ):
+        for view_Efd, value_Efd in zip(group, aligned.unbind(1)):
+            view_Efd.copy_(value_Efd)
+    energy = sum(neurons_3fd.float().square().sum() for neurons_3fd in aligned_E3fd) / len(
+        aligned_E3fd
+    )
     return (expert_mean(aligned_E3fd).square().sum() / energy).item()

@@ -47,14 +47,24 @@ from .statistics import fingerprint
 @cache
 def baseline(kind: str, model: str) -> Candidate:
     "The teacher, or the student before training (step 0), as something to score; its files are hashed once."
-    return Candidate(kind=kind, step=0 if kind == "student" else None, name=kind, model=model, identity=model_identity(model))
+    return Candidate(
+        kind=kind,
+        step=0 if kind == "student" else None,
+        name=kind,
+        model=model,
+        identity=model_identity(model),
+    )
 
 
 def baselines(run: Path, config: EvaluationConfig) -> list[Candidate]:
     "The baselines of the training in `run`, as far as they are known yet."
-    if not config.baselines: return []
+    if not config.baselines:
+        return []
     record = json.loads((run / RUN).read_text()) if (run / RUN).is_file() else {}
-    found = {kind: getattr(config, name) or record.get(name) for kind, name in (("teacher", "teacher_model"), ("student", "student_model_path"))}
+    found = {
+        kind: getattr(config, name) or record.get(name)
+        for kind, name in (("teacher", "teacher_model"), ("student", "student_model_path"))
+    }
     return [baseline(kind, str(model)) for kind, model in found.items() if model]
 
 # %% ../nbs/53_async_eval.ipynb #5473d4e4
@@ -62,61 +72,112 @@ class EvaluationFolder:
     "`eval_results` of the training in `run`, under one configuration."
 
     def __init__(self, run: str | Path, config: EvaluationConfig):
-        self.run, self.config, self.queue, self.path = Path(run), config, Path(run) / "eval_queue", Path(run) / "eval_results"
+        self.run, self.config, self.queue, self.path = (
+            Path(run),
+            config,
+            Path(run) / "eval_queue",
+            Path(run) / "eval_results",
+        )
         self.results, self.best = self.path / "results.jsonl", self.path / "best.json"
 
-    def rows(self) -> list[dict]: return comparable(read_lines(self.results), fingerprint(self.config))
+    def rows(self) -> list[dict]:
+        return comparable(read_lines(self.results), fingerprint(self.config))
 
     def find(self, subject: Candidate) -> dict | None:
         "The result of `subject`, if there is one."
-        return next((row for row in read_lines(self.results) if row["key"] == subject.key(self.config)), None)
+        return next(
+            (row for row in read_lines(self.results) if row["key"] == subject.key(self.config)),
+            None,
+        )
 
-    def work(self, subject: Candidate) -> Path: return self.path / "work" / subject.key(self.config)
+    def work(self, subject: Candidate) -> Path:
+        return self.path / "work" / subject.key(self.config)
 
     def failures(self) -> dict[str, str]:
         "What is in quarantine, and why."
-        return {path.stem: path.read_text() for path in sorted((self.path / "quarantine").glob("*.txt"))}
+        return {
+            path.stem: path.read_text() for path in sorted((self.path / "quarantine").glob("*.txt"))
+        }
 
     def derive_best(self) -> None:
         best = best_of(self.rows(), self.config.metric)
-        if best is not None: write_json(self.best, best)
+        if best is not None:
+            write_json(self.best, best)
 
 # %% ../nbs/53_async_eval.ipynb #01fc7d3b
 def score(folder: EvaluationFolder, subject: Candidate) -> dict:
     "The row of the results for `subject`; `WorkerError` after the last attempt."
     config = folder.config
     for number in range(config.retries + 1):
-        if number: time.sleep(config.backoff * 2 ** (number - 1))
+        if number:
+            time.sleep(config.backoff * 2 ** (number - 1))
         try:
             result = attempt(subject, folder.work(subject), config)
-            return dict(key=subject.key(config), kind=subject.kind, step=subject.step, checkpoint=subject.name, sha256=subject.identity, config=fingerprint(config), backend=backend_of(subject.model, config.use_export),
-                        attempts=number + 1, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), **{name: result[name] for name in ("seconds", "tasks", "versions")})
+            return dict(
+                key=subject.key(config),
+                kind=subject.kind,
+                step=subject.step,
+                checkpoint=subject.name,
+                sha256=subject.identity,
+                config=fingerprint(config),
+                backend=backend_of(subject.model, config.use_export),
+                attempts=number + 1,
+                finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                **{name: result[name] for name in ("seconds", "tasks", "versions")},
+            )
         except WorkerError as error:
             problem = error
-            logging.getLogger(__name__).warning("attempt %d of %d: %s", number + 1, config.retries + 1, error)
+            logging.getLogger(__name__).warning(
+                "attempt %d of %d: %s", number + 1, config.retries + 1, error
+            )
     raise problem
 
 # %% ../nbs/53_async_eval.ipynb #8a043e50
 def card_scores(row: dict) -> dict[str, dict]:
     "A row of the results as `record_scores` takes it."
-    return {task: {"samples": record["samples"], **{name: metric["value"] for name, metric in record["metrics"].items()},
-                   **{f"{name}_stderr": metric["stderr"] for name, metric in record["metrics"].items() if metric["stderr"] is not None}} for task, record in row["tasks"].items()}
+    return {
+        task: {
+            "samples": record["samples"],
+            **{name: metric["value"] for name, metric in record["metrics"].items()},
+            **{
+                f"{name}_stderr": metric["stderr"]
+                for name, metric in record["metrics"].items()
+                if metric["stderr"] is not None
+            },
+        }
+        for task, record in row["tasks"].items()
+    }
 
 
 def watch_command(folder: EvaluationFolder) -> str:
     "What was run to score the checkpoints in `folder`."
-    options = [f"--{f.name} {getattr(folder.config, f.name)}" for f in fields(folder.config) if f.name in ("limit", "num_fewshot", "scorer") and getattr(folder.config, f.name) != f.default]
-    return " ".join([f"moe-nb watch --run {folder.run.name} --tasks", *map(shown_name, folder.config.tasks), *options])
+    options = [
+        f"--{f.name} {getattr(folder.config, f.name)}"
+        for f in fields(folder.config)
+        if f.name in ("limit", "num_fewshot", "scorer")
+        and getattr(folder.config, f.name) != f.default
+    ]
+    return " ".join(
+        [
+            f"moe-nb watch --run {folder.run.name} --tasks",
+            *map(shown_name, folder.config.tasks),
+            *options,
+        ]
+    )
 
 
 def settle(folder: EvaluationFolder, subject: Candidate) -> None:
     "Let the entry of a finished checkpoint go, and the work on it; the best one is kept as `best`."
-    best, entry = json.loads(folder.best.read_text()) if folder.best.is_file() else {}, Path(subject.model)
+    best, entry = (
+        json.loads(folder.best.read_text()) if folder.best.is_file() else {},
+        Path(subject.model),
+    )
     if entry.parent == folder.queue:
         if (best.get("step"), best.get("sha256")) == (subject.step, subject.identity):
             record_scores(entry, card_scores(folder.find(subject)), watch_command(folder))
             install_directory(entry, folder.path / "best")
-        else: discard(entry)
+        else:
+            discard(entry)
     shutil.rmtree(folder.work(subject), ignore_errors=True)
 
 
@@ -125,7 +186,8 @@ def quarantine(folder: EvaluationFolder, name: str, entry: Path | None, problem:
     aside = folder.path / "quarantine"
     aside.mkdir(parents=True, exist_ok=True)
     (aside / f"{name}.txt").write_text(problem)
-    if entry is not None: install_directory(entry, aside / name)
+    if entry is not None:
+        install_directory(entry, aside / name)
     logging.getLogger(__name__).error("%s goes to quarantine: %s", name, problem)
 
 # %% ../nbs/53_async_eval.ipynb #aa39289e
@@ -134,31 +196,48 @@ def recover(folder: EvaluationFolder) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     mend_lines(folder.results)
     folder.derive_best()
-    for leftover in folder.queue.glob(".step-*.old"): shutil.rmtree(leftover, ignore_errors=True)
-    waiting = [folder.work(subject) for subject in (*baselines(folder.run, folder.config), *filter(None, (admit(folder, path) for path in queued(folder.queue).values())))]
+    for leftover in folder.queue.glob(".step-*.old"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    waiting = [
+        folder.work(subject)
+        for subject in (
+            *baselines(folder.run, folder.config),
+            *filter(None, (admit(folder, path) for path in queued(folder.queue).values())),
+        )
+    ]
     for work in (folder.path / "work").glob("*"):
-        if work not in waiting: shutil.rmtree(work)
+        if work not in waiting:
+            shutil.rmtree(work)
 
 
 def admit(folder: EvaluationFolder, entry: Path) -> Candidate | None:
     "What an entry of the queue is; one that is not what was published goes to quarantine."
-    try: return candidate(entry)
-    except (ValueError, KeyError, OSError) as problem: quarantine(folder, entry.name, entry, str(problem))
+    try:
+        return candidate(entry)
+    except (ValueError, KeyError, OSError) as problem:
+        quarantine(folder, entry.name, entry, str(problem))
 
 # %% ../nbs/53_async_eval.ipynb #296e008d
 class CheckpointEvaluator:
     "Evaluates what the training in the directory `run` publishes."
 
     def __init__(self, run: str | Path, config: EvaluationConfig):
-        self.folder, self.config, self._adopted, self._failed = EvaluationFolder(run, config), config, set(), set()
+        self.folder, self.config, self._adopted, self._failed = (
+            EvaluationFolder(run, config),
+            config,
+            set(),
+            set(),
+        )
 
     def evaluate_checkpoint(self, path: str | Path) -> dict:
         "The result of one model directory, read or made now; the queue stays as it is."
         subject = candidate(Path(path))
         with sole_evaluator(self.folder.queue):
             recover(self.folder)
-            try: return self.folder.find(subject) or self.record(subject)
-            finally: shutil.rmtree(self.folder.work(subject), ignore_errors=True)
+            try:
+                return self.folder.find(subject) or self.record(subject)
+            finally:
+                shutil.rmtree(self.folder.work(subject), ignore_errors=True)
 
     def record(self, subject: Candidate) -> dict:
         row = score(self.folder, subject)
@@ -170,26 +249,39 @@ class CheckpointEvaluator:
     def next(self, done: bool) -> Candidate | None:
         "What to evaluate now; what is passed over goes away."
         for subject in baselines(self.folder.run, self.config):
-            if subject not in self._failed and not self.folder.find(subject): return subject
-        if self.config.adopt: adopt(self.folder.run, self.folder.queue, self._adopted)
+            if subject not in self._failed and not self.folder.find(subject):
+                return subject
+        if self.config.adopt:
+            adopt(self.folder.run, self.folder.queue, self._adopted)
         waiting = queued(self.folder.queue)
         step, passed = select(list(waiting), self.config.backlog, done)
-        for other in passed: discard(waiting[other])
+        for other in passed:
+            discard(waiting[other])
         return None if step is None else admit(self.folder, waiting[step]) or self.next(done)
 
     def process(self, subject: Candidate) -> None:
         "One candidate, to its end: a result, or quarantine."
-        try: self.folder.find(subject) or self.record(subject)
+        try:
+            self.folder.find(subject) or self.record(subject)
         except WorkerError as problem:
             self._failed.add(subject)
-            quarantine(self.folder, subject.label, Path(subject.model) if subject.kind == "checkpoint" else None, str(problem))
+            quarantine(
+                self.folder,
+                subject.label,
+                Path(subject.model) if subject.kind == "checkpoint" else None,
+                str(problem),
+            )
             shutil.rmtree(self.folder.work(subject), ignore_errors=True)
-        else: settle(self.folder, subject)
+        else:
+            settle(self.folder, subject)
 
     def wait_for_run(self) -> None:
         "Wait until the training has begun to write its directory."
         while not (self.folder.run.is_dir() and any(self.folder.run.iterdir())):
-            if not self.config.follow: raise ValueError(f"{self.folder.run}: expected the directory of a training, found nothing there")
+            if not self.config.follow:
+                raise ValueError(
+                    f"{self.folder.run}: expected the directory of a training, found nothing there"
+                )
             time.sleep(self.config.poll_interval)
 
     def run(self) -> list[dict]:
@@ -200,8 +292,10 @@ class CheckpointEvaluator:
             while True:
                 done = not self.config.follow or (self.folder.queue / DONE).is_file()
                 subject = self.next(done)
-                if subject is None and done: return self.folder.rows()
-                if subject is None: time.sleep(self.config.poll_interval)
+                if subject is None and done:
+                    return self.folder.rows()
+                if subject is None:
+                    time.sleep(self.config.poll_interval)
                 else:
                     self.process(subject)
                     progress.update()
@@ -210,34 +304,61 @@ class CheckpointEvaluator:
 @contextmanager
 def ending_orderly():
     "Within the block SIGTERM is an exception, so that what the process started is ended too."
-    def end(*_): raise SystemExit(128 + signal.SIGTERM)
+
+    def end(*_):
+        raise SystemExit(128 + signal.SIGTERM)
+
     before = signal.signal(signal.SIGTERM, end)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: list[str]) -> None:
     "`python -m moe_nb.async_eval RUN CONFIGURATION [PARENT]`, the configuration as JSON; with PARENT it ends together with that process."
-    if len(argv) > 2: end_with_parent(int(argv[2]))
-    with ending_orderly(): CheckpointEvaluator(argv[0], EvaluationConfig(**json.loads(argv[1]))).run()
+    if len(argv) > 2:
+        end_with_parent(int(argv[2]))
+    with ending_orderly():
+        CheckpointEvaluator(argv[0], EvaluationConfig(**json.loads(argv[1]))).run()
 
 # %% ../nbs/53_async_eval.ipynb #269908a3
 #| eval: false
-if __name__ == "__main__": main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])
 
 # %% ../nbs/53_async_eval.ipynb #3dee02c9
 class EvaluationFeedback(TrainerCallback):
     "Protects the best evaluated checkpoint from rotation, and ends a training that `patience` results in a row did not improve."
 
     def __init__(self, patience: int | None = None, results: str | Path | None = None):
-        if patience is not None and patience < 1: raise ValueError(f"patience must be at least 1; got {patience}")
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be at least 1; got {patience}")
         self.patience, self.results = patience, results
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not control.should_save: return
+        if not control.should_save:
+            return
         file = Path(self.results or Path(args.output_dir) / "eval_results") / "best.json"
-        best, = broadcast_object_list([json.loads(file.read_text()) if state.is_world_process_zero and file.is_file() else None])
-        if best is None: return
+        (best,) = broadcast_object_list(
+            [
+                json.loads(file.read_text())
+                if state.is_world_process_zero and file.is_file()
+                else None
+            ]
+        )
+        if best is None:
+            return
         checkpoint = Path(args.output_dir) / best["checkpoint"]
-        if args.save_total_limit != 1 and args.metric_for_best_model is None and checkpoint.is_dir(): state.best_model_checkpoint, state.best_global_step, state.best_metric = str(checkpoint), best["step"], best["value"]
-        if self.patience is not None and best["since"] >= self.patience: control.should_training_stop = True
+        if (
+            args.save_total_limit != 1
+            and args.metric_for_best_model is None
+            and checkpoint.is_dir()
+        ):
+            state.best_model_checkpoint, state.best_global_step, state.best_metric = (
+                str(checkpoint),
+                best["step"],
+                best["value"],
+            )
+        if self.patience is not None and best["since"] >= self.patience:
+            control.should_training_stop = True

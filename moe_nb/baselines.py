@@ -37,7 +37,10 @@ def default_experts(model: nn.Module) -> dict[str, nn.Module]:
     "`find_experts` of a model whose experts all have the default layout."
     found = find_experts(model)
     for name, module in found.items():
-        if layout_of(module) != Layout(): raise ValueError(f"{name}: the baselines handle the default expert layout only; {type(module).__name__} has {layout_of(module)}")
+        if layout_of(module) != Layout():
+            raise ValueError(
+                f"{name}: the baselines handle the default expert layout only; {type(module).__name__} has {layout_of(module)}"
+            )
     return found
 
 # %% ../nbs/28_baselines.ipynb #dd0b1e2d
@@ -47,12 +50,19 @@ SAMPLE_EVERY = 8  # tokens, for the mean outputs of all experts
 @dataclass
 class Statistics:
     "What the methods know of one experts module, fp32, from the calibration tokens."
+
     inputs: torch.Tensor  # [E, d, d], sum of x x^T over the tokens of each expert
     hidden: torch.Tensor  # [E, f, f], sum of h h^T
     tokens: torch.Tensor  # [E]
-    saliency: torch.Tensor  # [E], mean of routing weight times norm of the output over the tokens of each expert
-    outputs: torch.Tensor  # [E, d], mean output of every expert over every eighth token, routed to it or not
-    fisher: dict[str, torch.Tensor]  # Projection -> squared gradients [E, o, i], summed over batches
+    saliency: (
+        torch.Tensor
+    )  # [E], mean of routing weight times norm of the output over the tokens of each expert
+    outputs: (
+        torch.Tensor
+    )  # [E, d], mean output of every expert over every eighth token, routed to it or not
+    fisher: dict[
+        str, torch.Tensor
+    ]  # Projection -> squared gradients [E, o, i], summed over batches
     sampled: int = 0
     top_k: int = 0
 
@@ -62,8 +72,13 @@ class Statistics:
         weights = read_experts(experts)
         E, f, d = weights.E, weights.f, weights.d
         shapes = (E, d, d), (E, f, f), (E,), (E,), (E, d)
-        fisher = {name: torch.zeros_like(W_Eoi, dtype=torch.float32) for name, W_Eoi in weights.items()}
-        return cls(*(torch.zeros(shape, device=experts.down_proj.device) for shape in shapes), fisher=fisher)
+        fisher = {
+            name: torch.zeros_like(W_Eoi, dtype=torch.float32) for name, W_Eoi in weights.items()
+        }
+        return cls(
+            *(torch.zeros(shape, device=experts.down_proj.device) for shape in shapes),
+            fisher=fisher,
+        )
 
     def gram(self, projection: str) -> torch.Tensor:
         "Second moment of what `projection` sees, `[E, i, i]`; a small ridge stands for an expert without tokens."
@@ -73,36 +88,51 @@ class Statistics:
 
 # %% ../nbs/28_baselines.ipynb #fc754f33
 @torch.no_grad()
-def add_tokens(statistics: Statistics, experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
+def add_tokens(
+    statistics: Statistics,
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> None:
     "Add the tokens of one call of `experts` to the sums of `statistics`."
     statistics.top_k = top_k_index.shape[1]
     weights = read_experts(experts)
     for e, token_p, slot_p in pairs_by_expert(top_k_index, experts.num_experts):
         x_pd = hidden_states[token_p]
         h_pf, y_pd = run_expert(experts, weights, e, x_pd)
-        for total, value in ((statistics.inputs, x_pd.float()), (statistics.hidden, h_pf.float())): total[e] += value.T @ value
+        for total, value in ((statistics.inputs, x_pd.float()), (statistics.hidden, h_pf.float())):
+            total[e] += value.T @ value
         statistics.tokens[e] += len(token_p)
-        statistics.saliency[e] += (top_k_weights[token_p, slot_p].float() * y_pd.float().norm(dim=-1)).sum()
+        statistics.saliency[e] += (
+            top_k_weights[token_p, slot_p].float() * y_pd.float().norm(dim=-1)
+        ).sum()
     sample_pd = hidden_states[::SAMPLE_EVERY]
-    for e in range(experts.num_experts): statistics.outputs[e] += run_expert(experts, weights, e, sample_pd)[1].float().sum(0)
+    for e in range(experts.num_experts):
+        statistics.outputs[e] += run_expert(experts, weights, e, sample_pd)[1].float().sum(0)
     statistics.sampled += len(sample_pd)
 
 # %% ../nbs/28_baselines.ipynb #aba2b572
-def gather(model: nn.Module,  # A transformers MoE, uncompressed
-           calibration: Iterable[torch.Tensor]  # 1-D token-id tensors, at least two tokens each
-          ) -> dict[str, Statistics]:
+def gather(
+    model: nn.Module,  # A transformers MoE, uncompressed
+    calibration: Iterable[torch.Tensor],  # 1-D token-id tensors, at least two tokens each
+) -> dict[str, Statistics]:
     "Statistics of every experts module, from one forward and one backward pass over `calibration`; `model` is left as it was."
     modules = default_experts(model)
     statistics = {name: Statistics.zeros(module) for name, module in modules.items()}
 
-    def before(name, module, args): add_tokens(statistics[name], module, *args[:3])
+    def before(name, module, args):
+        add_tokens(statistics[name], module, *args[:3])
 
     with watched(modules, before), frozen(model):
         handles = []
-        for name, module in modules.items(): handles += watch_gradients(module, statistics[name].fisher)
-        try: run_batches(model, calibration)
+        for name, module in modules.items():
+            handles += watch_gradients(module, statistics[name].fisher)
+        try:
+            run_batches(model, calibration)
         finally:
-            for handle in handles: handle.remove()
+            for handle in handles:
+                handle.remove()
     for values in statistics.values():
         values.saliency /= values.tokens.clamp_min(1)
         values.outputs /= values.sampled
@@ -111,8 +141,10 @@ def gather(model: nn.Module,  # A transformers MoE, uncompressed
 # %% ../nbs/28_baselines.ipynb #53fab579
 def watch_gradients(experts: nn.Module, fisher: dict[str, torch.Tensor]) -> list:
     "Hooks that add the squared gradients of the weights of `experts` to `fisher` after every backward pass, and free them."
+
     def add_gate_up(parameter):
-        for name, grad_Efd in zip(PROJECTIONS, parameter.grad.chunk(2, dim=1)): fisher[name] += grad_Efd.float().square()
+        for name, grad_Efd in zip(PROJECTIONS, parameter.grad.chunk(2, dim=1)):
+            fisher[name] += grad_Efd.float().square()
         parameter.grad = None
 
     def add_down(parameter):
@@ -120,15 +152,20 @@ def watch_gradients(experts: nn.Module, fisher: dict[str, torch.Tensor]) -> list
         parameter.grad = None
 
     hooks = (experts.gate_up_proj, add_gate_up), (experts.down_proj, add_down)
-    return [parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook) for parameter, hook in hooks]
+    return [
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
+        for parameter, hook in hooks
+    ]
 
 # %% ../nbs/28_baselines.ipynb #0e4744ff
-def uniform_units(ratio: float,  # Stored / original parameters
-                  original: int,  # Parameters of all experts
-                  fixed: list[int],  # Numbers stored for each group whatever its units
-                  price: list[int],  # Numbers stored for one unit of each group
-                  most: int,  # Units, at most
-                  least: int = 1) -> tuple[list[int], int]:
+def uniform_units(
+    ratio: float,  # Stored / original parameters
+    original: int,  # Parameters of all experts
+    fixed: list[int],  # Numbers stored for each group whatever its units
+    price: list[int],  # Numbers stored for one unit of each group
+    most: int,  # Units, at most
+    least: int = 1,
+) -> tuple[list[int], int]:
     "Units of every group, as equal as the budget allows, and what they store in all; raises where `least` units are too much."
     smallest = sum(fixed) + least * sum(price)
     check_budget(ratio * original, smallest, original)
@@ -143,46 +180,69 @@ def uniform_units(ratio: float,  # Stored / original parameters
 # %% ../nbs/28_baselines.ipynb #f9012ab7
 def expert_matrices(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:
     "(experts module, projection) -> weights `[E, o, i]`, fp32, in layer order."
-    return {(name, projection): W_Eoi.float() for name, module in default_experts(model).items() for projection, W_Eoi in read_experts(module).items()}
+    return {
+        (name, projection): W_Eoi.float()
+        for name, module in default_experts(model).items()
+        for projection, W_Eoi in read_experts(module).items()
+    }
 
 # %% ../nbs/28_baselines.ipynb #9904e65f
 def replace_experts(model: nn.Module, matrices: dict[tuple[str, str], torch.Tensor]) -> None:
     "Write `matrices`, in the form of `expert_matrices`, into `model`."
-    for name, module in default_experts(model).items(): write_experts(module, {projection: matrices[name, projection] for projection in PROJECTIONS})
+    for name, module in default_experts(model).items():
+        write_experts(
+            module, {projection: matrices[name, projection] for projection in PROJECTIONS}
+        )
 
 # %% ../nbs/28_baselines.ipynb #61d49e40
-def low_rank_units(matrices: dict[tuple[str, str], torch.Tensor], ratio: float, bases: int = 0) -> tuple[dict[tuple[str, str], int], int]:
+def low_rank_units(
+    matrices: dict[tuple[str, str], torch.Tensor], ratio: float, bases: int = 0
+) -> tuple[dict[tuple[str, str], int], int]:
     "Ranks for r (o + i) numbers per expert, one integer for the rank and `bases` full matrices per projection, and what is stored in all."
     fixed = [bases * W_Eoi[0].numel() + 1 for W_Eoi in matrices.values()]
     price = [len(W_Eoi) * sum(W_Eoi.shape[1:]) for W_Eoi in matrices.values()]
     most = min(min(W_Eoi.shape[1:]) for W_Eoi in matrices.values())
-    ranks, stored = uniform_units(ratio, sum(W_Eoi.numel() for W_Eoi in matrices.values()), fixed, price, most)
+    ranks, stored = uniform_units(
+        ratio, sum(W_Eoi.numel() for W_Eoi in matrices.values()), fixed, price, most
+    )
     return dict(zip(matrices, ranks)), stored
 
 # %% ../nbs/28_baselines.ipynb #c3a294a8
-def adam_recipe(model: nn.Module,
-                ratio: float,  # Stored / original parameters of all experts
-                statistics: dict[str, Statistics] | None = None,  # Not used
-                seed: int = 0,
-                steps: int = 1000) -> int:
+def adam_recipe(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, Statistics] | None = None,  # Not used
+    seed: int = 0,
+    steps: int = 1000,
+) -> int:
     "Shared core with wrappers on both sides, by Adam on the squared error of the weights."
     matrices = expert_matrices(model)
     X = {key: W_Eoi.mT if key[1] == "down_proj" else W_Eoi for key, W_Eoi in matrices.items()}
     sizes = [Sizes(1, *X_Efd.shape) for X_Efd in X.values()]
-    ranks, stored = uniform_units(ratio, sum(X_Efd.numel() for X_Efd in X.values()), [size.stored(0) for size in sizes],
-                                  [size.stored(1) - size.stored(0) for size in sizes], most=min(min(size[2:]) for size in sizes))
+    ranks, stored = uniform_units(
+        ratio,
+        sum(X_Efd.numel() for X_Efd in X.values()),
+        [size.stored(0) for size in sizes],
+        [size.stored(1) - size.stored(0) for size in sizes],
+        most=min(min(size[2:]) for size in sizes),
+    )
     for (key, X_Efd), rank in zip(X.items(), ranks):
-        with torch.enable_grad(): core, = fit_adam(X_Efd[None], rank=rank, steps=steps, seed=seed)
+        with torch.enable_grad():
+            (core,) = fit_adam(X_Efd[None], rank=rank, steps=steps, seed=seed)
         X[key] = core.weights().detach()
-    replace_experts(model, {key: X_Efd.mT if key[1] == "down_proj" else X_Efd for key, X_Efd in X.items()})
+    replace_experts(
+        model, {key: X_Efd.mT if key[1] == "down_proj" else X_Efd for key, X_Efd in X.items()}
+    )
     return stored
 
 # %% ../nbs/28_baselines.ipynb #e05e7354
 @torch.no_grad()
-def svd(model: nn.Module,
-        ratio: float,  # Stored / original parameters of all experts
-        statistics: dict[str, Statistics] | None = None,  # Not used
-        seed: int = 0) -> int:
+def svd(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, Statistics] | None = None,  # Not used
+    seed: int = 0,
+) -> int:
     "Truncated SVD of every matrix of every expert (Eckart and Young 1936)."
     matrices = expert_matrices(model)
     ranks, stored = low_rank_units(matrices, ratio)
@@ -196,50 +256,71 @@ def svd(model: nn.Module,
 def whitened_low_rank(W_Eoi: torch.Tensor, gram_Eii: torch.Tensor, rank: int) -> torch.Tensor:
     "The rank-`rank` matrices with the least output error for inputs of second moment `gram_Eii`."
     wide_Eoi = W_Eoi.double()  # the matrix to decompose holds squares
-    directions_Eor = torch.linalg.eigh(wide_Eoi @ gram_Eii.double() @ wide_Eoi.mT).eigenvectors[:, :, -rank:].to(W_Eoi.dtype)
+    directions_Eor = (
+        torch.linalg.eigh(wide_Eoi @ gram_Eii.double() @ wide_Eoi.mT)
+        .eigenvectors[:, :, -rank:]
+        .to(W_Eoi.dtype)
+    )
     return directions_Eor @ (directions_Eor.mT @ W_Eoi)
 
 # %% ../nbs/28_baselines.ipynb #60cd4f94
 @torch.no_grad()
-def whitened_svd(model: nn.Module,
-                 ratio: float,  # Stored / original parameters of all experts
-                 statistics: dict[str, Statistics],
-                 seed: int = 0) -> int:
+def whitened_svd(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, Statistics],
+    seed: int = 0,
+) -> int:
     "Truncated SVD, whitened by the inputs of each expert: SVD-LLM (Wang et al., ICLR 2025, arXiv 2403.07378) for every expert."
     matrices = expert_matrices(model)
     ranks, stored = low_rank_units(matrices, ratio)
     for (name, projection), rank in ranks.items():
-        matrices[name, projection] = whitened_low_rank(matrices[name, projection], statistics[name].gram(projection), rank)
+        matrices[name, projection] = whitened_low_rank(
+            matrices[name, projection], statistics[name].gram(projection), rank
+        )
     replace_experts(model, matrices)
     return stored
 
 # %% ../nbs/28_baselines.ipynb #6307e350
 @torch.no_grad()
-def tied_svd(model: nn.Module,
-             ratio: float,  # Stored / original parameters of all experts
-             calibration: list[torch.Tensor],  # 1-D token-id tensors
-             seed: int = 0,
-             steps: int = 200  # Of the descent on the outputs; 0: none
-            ) -> int:
+def tied_svd(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    calibration: list[torch.Tensor],  # 1-D token-id tensors
+    seed: int = 0,
+    steps: int = 200,  # Of the descent on the outputs; 0: none
+) -> int:
     "Per-expert SVD with V shared by gate and up, in the metric of `calibrate`, ranks by one budget, refined on the outputs."
     modules = default_experts(model)
-    with torch.enable_grad(): moments, records = calibrate(model, calibration), record_layers(model, calibration, modules) if steps else {}
+    with torch.enable_grad():
+        moments, records = (
+            calibrate(model, calibration),
+            record_layers(model, calibration, modules) if steps else {},
+        )
     groups = {}
     for name, module in modules.items():
         gate_Efd, up_Efd, down_Edf = read_experts(module).values()
-        groups[name] = [make_group(torch.stack([gate_Efd, up_Efd]), moments[name], down_Edf.mT), make_group(down_Edf.mT[None], moments[name])]
+        groups[name] = [
+            make_group(torch.stack([gate_Efd, up_Efd]), moments[name], down_Edf.mT),
+            make_group(down_Edf.mT[None], moments[name]),
+        ]
     flat = [group for pair in groups.values() for group in pair]
     for group in flat:
         group.core_md = torch.zeros_like(group.X_Emd[0])
         find_directions(group)
     unused = sum(group.core_md.numel() for group in flat)
     budget = ratio * sum(group.X_Emd.numel() for group in flat)
-    check_budget(budget, sum(group.fixed for group in flat) - unused, sum(group.X_Emd.numel() for group in flat))
+    check_budget(
+        budget,
+        sum(group.fixed for group in flat) - unused,
+        sum(group.X_Emd.numel() for group in flat),
+    )
     allocate(flat, budget + unused)
     for name, pair in groups.items():
         gate, up, down = (core for group in pair for core in pack_group(group))
         compressed = SharedCoreExperts(modules[name], gate=gate, up=up, down=down)
-        if steps: refine_experts(compressed, records[name], steps=steps, seed=seed)
+        if steps:
+            refine_experts(compressed, records[name], steps=steps, seed=seed)
         write_experts(modules[name], compressed.materialize())
     return sum(group.stored for group in flat) - unused
 
@@ -251,17 +332,21 @@ def fisher_mean(W_Eoi: torch.Tensor, fisher_Eoi: torch.Tensor) -> torch.Tensor:
 
 # %% ../nbs/28_baselines.ipynb #7df67f52
 @torch.no_grad()
-def d2_moe(model: nn.Module,
-           ratio: float,  # Stored / original parameters of all experts
-           statistics: dict[str, Statistics],
-           seed: int = 0) -> int:
+def d2_moe(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, Statistics],
+    seed: int = 0,
+) -> int:
     "Fisher-weighted base and whitened low-rank deltas: D2-MoE (Gu et al., ICML 2025, arXiv 2502.17298), without pruning of the base."
     matrices = expert_matrices(model)
     ranks, stored = low_rank_units(matrices, ratio, bases=1)
     for (name, projection), rank in ranks.items():
         W_Eoi = matrices[name, projection]
         base_oi = fisher_mean(W_Eoi, statistics[name].fisher[projection])
-        matrices[name, projection] = base_oi + whitened_low_rank(W_Eoi - base_oi, statistics[name].gram(projection), rank)
+        matrices[name, projection] = base_oi + whitened_low_rank(
+            W_Eoi - base_oi, statistics[name].gram(projection), rank
+        )
     replace_experts(model, matrices)
     return stored
 
@@ -278,23 +363,34 @@ def mobe_start(X_GEfd: torch.Tensor, rank: int, bases: int) -> list[torch.Tensor
     return [torch.cat(A, dim=1), torch.stack(B, dim=1), w_Em.expand(len(X_GEfd), -1, -1).clone()]
 
 # %% ../nbs/28_baselines.ipynb #709a9da5
-def fit_mobe(X_GEfd: torch.Tensor,  # Matrices of equal shape, down transposed
-             rank: int,
-             bases: int,
-             steps: int,
-             lr: float = .07,
-             activation: Callable = torch.tanh) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_mobe(
+    X_GEfd: torch.Tensor,  # Matrices of equal shape, down transposed
+    rank: int,
+    bases: int,
+    steps: int,
+    lr: float = 0.07,
+    activation: Callable = torch.tanh,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Reconstruction and mean squared error `[G]` (in variances) of the best of the states after every 50 steps."
     scale_G111 = X_GEfd.std((1, 2, 3), keepdim=True)
-    target_GEfd, A, B, w = X_GEfd / scale_G111, *(value.requires_grad_() for value in mobe_start(X_GEfd, rank, bases))
-    best_GEfd, error_G = torch.zeros_like(X_GEfd), torch.full_like(scale_G111[:, 0, 0, 0], torch.inf)
+    target_GEfd, A, B, w = (
+        X_GEfd / scale_G111,
+        *(value.requires_grad_() for value in mobe_start(X_GEfd, rank, bases)),
+    )
+    best_GEfd, error_G = (
+        torch.zeros_like(X_GEfd),
+        torch.full_like(scale_G111[:, 0, 0, 0], torch.inf),
+    )
     optimizer = torch.optim.Adam([A, B, w], lr=lr)
     for step in range(steps + 1):
         weights_GEfd = A @ activation(torch.einsum("gem,gmrd->gerd", w.softmax(-1), B))
         loss_G = (weights_GEfd - target_GEfd).square().mean((1, 2, 3))
         if step % 50 == 0 or step == steps:
             better_G = loss_G.detach() < error_G
-            best_GEfd[better_G], error_G[better_G] = weights_GEfd.detach()[better_G], loss_G.detach()[better_G]
+            best_GEfd[better_G], error_G[better_G] = (
+                weights_GEfd.detach()[better_G],
+                loss_G.detach()[better_G],
+            )
         optimizer.zero_grad()
         loss_G.sum().backward()
         optimizer.step()
@@ -305,60 +401,88 @@ def mobe_sizes(X_GEfd: torch.Tensor, ratio: float, steps: int) -> tuple[int, int
     "Rank and number of bases within `ratio` that have the least error on the first three matrices after `steps` steps."
     G, E, f, d = X_GEfd.shape
     budget = ratio * E * f * d - 1  # the scale
-    ranks = {max(1, min(f, int(share * budget / (E * f)))) for share in (.5, .55, .6, .65, .7, .75)}
+    ranks = {
+        max(1, min(f, int(share * budget / (E * f)))) for share in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
+    }
     sizes = {rank: min(E, int((budget - E * f * rank) // (rank * d + E))) for rank in ranks}
     sizes = sorted((rank, bases) for rank, bases in sizes.items() if bases > 0)
-    if not sizes: check_budget(ratio * E * f * d, E * f + d + E + 1, E * f * d)
+    if not sizes:
+        check_budget(ratio * E * f * d, E * f + d + E + 1, E * f * d)
     return min(sizes, key=lambda size: fit_mobe(X_GEfd[:3], *size, steps)[1].mean())
 
 # %% ../nbs/28_baselines.ipynb #a858de6a
-def mobe(model: nn.Module,
-         ratio: float,  # Stored / original parameters of all experts
-         statistics: dict[str, Statistics] | None = None,  # Not used
-         seed: int = 0,
-         steps: int = 1000) -> int:
+def mobe(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, Statistics] | None = None,  # Not used
+    seed: int = 0,
+    steps: int = 1000,
+) -> int:
     "Mixture of basis experts: MoBE (Chen et al., ICLR 2026, arXiv 2508.05257), for down as well."
     matrices, shapes, stored = expert_matrices(model), {}, 0
     X = {key: W_Eoi.mT if key[1] == "down_proj" else W_Eoi for key, W_Eoi in matrices.items()}
-    for key, X_Efd in X.items(): shapes.setdefault(X_Efd.shape, []).append(key)
+    for key, X_Efd in X.items():
+        shapes.setdefault(X_Efd.shape, []).append(key)
     for (E, f, d), keys in shapes.items():
         X_GEfd = torch.stack([X[key] for key in keys])
         with torch.enable_grad():
             rank, bases = mobe_sizes(X_GEfd, ratio, steps // 10)
             X.update(zip(keys, fit_mobe(X_GEfd, rank, bases, steps)[0]))
         stored += len(keys) * (E * f * rank + bases * (rank * d + E) + 1)
-    replace_experts(model, {key: X_Efd.mT if key[1] == "down_proj" else X_Efd for key, X_Efd in X.items()})
+    replace_experts(
+        model, {key: X_Efd.mT if key[1] == "down_proj" else X_Efd for key, X_Efd in X.items()}
+    )
     return stored
 
 # %% ../nbs/28_baselines.ipynb #543e38d2
-def latent_projection(X_Efd: torch.Tensor,
-                      k: int,
-                      wide_dd: torch.Tensor | None = None,  # Second moment of inputs on the shared side
-                      narrow_Eff: torch.Tensor | None = None  # Second moments of inputs on the side of each expert
-                     ) -> torch.Tensor:
+def latent_projection(
+    X_Efd: torch.Tensor,
+    k: int,
+    wide_dd: torch.Tensor | None = None,  # Second moment of inputs on the shared side
+    narrow_Eff: torch.Tensor | None = None,  # Second moments of inputs on the side of each expert
+) -> torch.Tensor:
     "The experts with all rows in one k-dimensional space, closest to `X_Efd` for inputs of these second moments."
-    S_dd = torch.eye(X_Efd.shape[2], device=X_Efd.device) if wide_dd is None else torch.linalg.cholesky(wide_dd)
+    S_dd = (
+        torch.eye(X_Efd.shape[2], device=X_Efd.device)
+        if wide_dd is None
+        else torch.linalg.cholesky(wide_dd)
+    )
     Y_Efd = X_Efd @ S_dd
-    V_dk = torch.linalg.eigh((Y_Efd.mT @ (Y_Efd if narrow_Eff is None else narrow_Eff @ Y_Efd)).sum(0)).eigenvectors[:, -k:]
+    V_dk = torch.linalg.eigh(
+        (Y_Efd.mT @ (Y_Efd if narrow_Eff is None else narrow_Eff @ Y_Efd)).sum(0)
+    ).eigenvectors[:, -k:]
     return Y_Efd @ V_dk @ torch.linalg.solve_triangular(S_dd, V_dk.T, upper=False, left=False)
 
 # %% ../nbs/28_baselines.ipynb #48c599d0
 @torch.no_grad()
-def latent_basis(model: nn.Module,
-                 ratio: float,  # Stored / original parameters of all experts
-                 statistics: dict[str, Statistics] | None = None,  # None: the error of the weights counts
-                 seed: int = 0) -> int:
+def latent_basis(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, Statistics] | None = None,  # None: the error of the weights counts
+    seed: int = 0,
+) -> int:
     "One latent basis per layer and projection for all experts: MoLAE (Liu et al. 2025, arXiv 2503.23100)."
     matrices = expert_matrices(model)
     X = {key: W_Eoi.mT if key[1] == "down_proj" else W_Eoi for key, W_Eoi in matrices.items()}
     price = [E * f + d for E, f, d in (X_Efd.shape for X_Efd in X.values())]
-    sizes, stored = uniform_units(ratio, sum(X_Efd.numel() for X_Efd in X.values()), [1] * len(X), price, most=min(X_Efd.shape[2] for X_Efd in X.values()))
+    sizes, stored = uniform_units(
+        ratio,
+        sum(X_Efd.numel() for X_Efd in X.values()),
+        [1] * len(X),
+        price,
+        most=min(X_Efd.shape[2] for X_Efd in X.values()),
+    )
     for ((name, projection), X_Efd), k in zip(X.items(), sizes):
-        if statistics is None: metric = {}
-        elif projection == "down_proj": metric = dict(narrow_Eff=statistics[name].gram(projection))
-        else: metric = dict(wide_dd=statistics[name].gram(projection).mean(0))
+        if statistics is None:
+            metric = {}
+        elif projection == "down_proj":
+            metric = dict(narrow_Eff=statistics[name].gram(projection))
+        else:
+            metric = dict(wide_dd=statistics[name].gram(projection).mean(0))
         X[name, projection] = latent_projection(X_Efd, k, **metric)
-    replace_experts(model, {key: X_Efd.mT if key[1] == "down_proj" else X_Efd for key, X_Efd in X.items()})
+    replace_experts(
+        model, {key: X_Efd.mT if key[1] == "down_proj" else X_Efd for key, X_Efd in X.items()}
+    )
     return stored
 
 # %% ../nbs/28_baselines.ipynb #89984c4f
@@ -368,32 +492,48 @@ def clusters_of(outputs_Ed: torch.Tensor, number: int) -> torch.Tensor:
     return torch.tensor(labels, dtype=torch.long, device=outputs_Ed.device)
 
 # %% ../nbs/28_baselines.ipynb #fad13788
-def merge_experts(W_Eoi: torch.Tensor, cluster_E: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
+def merge_experts(
+    W_Eoi: torch.Tensor, cluster_E: torch.Tensor, tokens_E: torch.Tensor
+) -> torch.Tensor:
     "Every expert replaced by the mean of its cluster, weighted with `tokens_E`."
     same_EE = (cluster_E[:, None] == cluster_E).float() * (tokens_E + 1e-6)
     return torch.einsum("ce,eoi->coi", same_EE / same_EE.sum(1, keepdim=True), W_Eoi)
 
 # %% ../nbs/28_baselines.ipynb #f20d276c
-def whole_experts(model: nn.Module, ratio: float, integers: int, least: int = 1) -> tuple[dict[str, int], int]:
+def whole_experts(
+    model: nn.Module, ratio: float, integers: int, least: int = 1
+) -> tuple[dict[str, int], int]:
     "How many whole experts each layer keeps, with `integers` stored per original expert, and what is stored in all."
     layers = {name: read_experts(module) for name, module in default_experts(model).items()}
     counts = {name: len(weights["down_proj"]) for name, weights in layers.items()}
     price = [3 * weights["down_proj"][0].numel() for weights in layers.values()]
-    kept, stored = uniform_units(ratio, sum(cost * E for cost, E in zip(price, counts.values())), [integers * E for E in counts.values()], price, most=min(counts.values()), least=least)
+    kept, stored = uniform_units(
+        ratio,
+        sum(cost * E for cost, E in zip(price, counts.values())),
+        [integers * E for E in counts.values()],
+        price,
+        most=min(counts.values()),
+        least=least,
+    )
     return dict(zip(layers, kept)), stored
 
 # %% ../nbs/28_baselines.ipynb #5a3f9fe0
 @torch.no_grad()
-def hc_smoe(model: nn.Module,
-            ratio: float,  # Stored / original parameters of all experts
-            statistics: dict[str, Statistics],
-            seed: int = 0) -> int:
+def hc_smoe(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, Statistics],
+    seed: int = 0,
+) -> int:
     "Merge experts of similar outputs: HC-SMoE (Chen et al., ICML 2025, arXiv 2410.08589)."
     kept, stored = whole_experts(model, ratio, integers=1)
     matrices = expert_matrices(model)
     for name, number in kept.items():
         cluster_E = clusters_of(statistics[name].outputs, number)
-        for projection in PROJECTIONS: matrices[name, projection] = merge_experts(matrices[name, projection], cluster_E, statistics[name].tokens)
+        for projection in PROJECTIONS:
+            matrices[name, projection] = merge_experts(
+                matrices[name, projection], cluster_E, statistics[name].tokens
+            )
     replace_experts(model, matrices)
     return stored
 
@@ -403,7 +543,11 @@ def find_router(model: nn.Module, name: str) -> nn.Module:
     experts, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     shape = experts.down_proj.shape[:2]
     for module in parent.children():
-        if module is not experts and getattr(getattr(module, "weight", None), "shape", None) == shape: return module
+        if (
+            module is not experts
+            and getattr(getattr(module, "weight", None), "shape", None) == shape
+        ):
+            return module
     raise ValueError(f"{name}: found no router with a weight of shape {tuple(shape)} beside it")
 
 # %% ../nbs/28_baselines.ipynb #f7cbc6ff
@@ -414,25 +558,44 @@ def keep_experts(model: nn.Module, name: str, kept_n: torch.Tensor) -> None:
     E = experts.num_experts
     for module in (experts, router):
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if len(parameter) == E: setattr(module, key, nn.Parameter(parameter[kept_n].clone(), requires_grad=parameter.requires_grad))
+            if len(parameter) == E:
+                setattr(
+                    module,
+                    key,
+                    nn.Parameter(parameter[kept_n].clone(), requires_grad=parameter.requires_grad),
+                )
         for key, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.shape[:1] == (E,): setattr(module, key, buffer[kept_n].clone())
+            if buffer.shape[:1] == (E,):
+                setattr(module, key, buffer[kept_n].clone())
         for key in ("num_experts", "n_routed_experts"):
-            if getattr(module, key, None) == E: setattr(module, key, len(kept_n))
+            if getattr(module, key, None) == E:
+                setattr(module, key, len(kept_n))
 
 # %% ../nbs/28_baselines.ipynb #3799af97
-def reap(model: nn.Module,
-         ratio: float,  # Stored / original parameters of all experts
-         statistics: dict[str, Statistics],
-         seed: int = 0,
-         per_token: bool = True) -> int:
+def reap(
+    model: nn.Module,
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, Statistics],
+    seed: int = 0,
+    per_token: bool = True,
+) -> int:
     "Router-weighted expert activation pruning: REAP (Lasby et al., ICLR 2026, arXiv 2510.13999). Without `per_token` the sum counts in place of the mean."
-    kept, stored = whole_experts(model, ratio, integers=0, least=max(values.top_k for values in statistics.values()))
+    kept, stored = whole_experts(
+        model, ratio, integers=0, least=max(values.top_k for values in statistics.values())
+    )
     for name, number in kept.items():
         saliency_E = statistics[name].saliency * (1 if per_token else statistics[name].tokens)
         keep_experts(model, name, saliency_E.topk(number).indices.sort().values)
     return stored
 
 # %% ../nbs/28_baselines.ipynb #2dff8425
-BASELINES: dict[str, Callable] = {"Adam recipe": adam_recipe, "SVD": svd, "whitened SVD": whitened_svd, "D2-MoE": d2_moe, "MoBE": mobe,
-                                  "latent basis": latent_basis, "HC-SMoE": hc_smoe, "REAP": reap}
+BASELINES: dict[str, Callable] = {
+    "Adam recipe": adam_recipe,
+    "SVD": svd,
+    "whitened SVD": whitened_svd,
+    "D2-MoE": d2_moe,
+    "MoBE": mobe,
+    "latent basis": latent_basis,
+    "HC-SMoE": hc_smoe,
+    "REAP": reap,
+}

@@ -36,49 +36,101 @@ from .tiny import load_tiny
 # %% ../nbs/63_bench.ipynb #c9e31660
 class Dims(NamedTuple):
     "Model width, expert width, experts, experts per token."
+
     d: int
     f: int
     E: int
     K: int
 
 
-MODELS = {"Qwen3-30B-A3B": Dims(2048, 768, 128, 8), "Mixtral-8x7B": Dims(4096, 14336, 8, 2), "DeepSeek-V2-Lite": Dims(2048, 1408, 64, 6), "OLMoE": Dims(2048, 1024, 64, 8)}
+MODELS = {
+    "Qwen3-30B-A3B": Dims(2048, 768, 128, 8),
+    "Mixtral-8x7B": Dims(4096, 14336, 8, 2),
+    "DeepSeek-V2-Lite": Dims(2048, 1408, 64, 6),
+    "OLMoE": Dims(2048, 1024, 64, 8),
+}
 SMALL_REAL = "Granite-3.0-1B-A400M", Dims(1024, 512, 32, 8)  # Four layers of it fit any machine
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 # %% ../nbs/63_bench.ipynb #f36b7296
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    output: str = field(metadata={"help": "directory for results.json and the figures; results of an older run there are replaced"})
-    all: bool = field(default=False, metadata={"help": "also whole models, fitting and distilling; default: the block alone"})
-    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"dimensions of the block: {', '.join(MODELS)}"})
-    tokens: list[int] = field(default_factory=lambda: [1, 16, 128, 1024, 8192], metadata={"help": "tokens in a call"})
-    ratios: list[float] = field(default_factory=lambda: [.12, .25, .5], metadata={"help": "stored / original expert parameters"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"})
-    dtype: str = field(default="", metadata={"help": "float32 or bfloat16; default bfloat16 on cuda, float32 on cpu"})
+    output: str = field(
+        metadata={
+            "help": "directory for results.json and the figures; results of an older run there are replaced"
+        }
+    )
+    all: bool = field(
+        default=False,
+        metadata={"help": "also whole models, fitting and distilling; default: the block alone"},
+    )
+    models: list[str] = field(
+        default_factory=lambda: list(MODELS),
+        metadata={"help": f"dimensions of the block: {', '.join(MODELS)}"},
+    )
+    tokens: list[int] = field(
+        default_factory=lambda: [1, 16, 128, 1024, 8192], metadata={"help": "tokens in a call"}
+    )
+    ratios: list[float] = field(
+        default_factory=lambda: [0.12, 0.25, 0.5],
+        metadata={"help": "stored / original expert parameters"},
+    )
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"}
+    )
+    dtype: str = field(
+        default="",
+        metadata={"help": "float32 or bfloat16; default bfloat16 on cuda, float32 on cpu"},
+    )
     threads: int = field(default=1, metadata={"help": "threads on the CPU"})
-    repeats: int = field(default=9, metadata={"help": "most interleaved repeats of a measurement; fewer where time is short"})
-    seconds: float = field(default=440., metadata={"help": "time for all of it; what does not fit is left out and listed"})
+    repeats: int = field(
+        default=9,
+        metadata={"help": "most interleaved repeats of a measurement; fewer where time is short"},
+    )
+    seconds: float = field(
+        default=440.0,
+        metadata={"help": "time for all of it; what does not fit is left out and listed"},
+    )
 
     def __post_init__(self):
         unknown = [name for name in self.models if name not in MODELS]
-        if unknown: raise ValueError(f"models: unknown {', '.join(unknown)}; expected some of {', '.join(MODELS)}")
-        if self.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device: cuda is asked for, and torch finds no GPU here; pass --device cpu")
-        if self.dtype not in ("", "float32", "bfloat16"): raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
-        for name, values in (("tokens", self.tokens), ("ratios", self.ratios), ("threads, repeats and seconds", (self.threads, self.repeats, self.seconds))):
-            if not values or min(values) <= 0: raise ValueError(f"{name} must be positive; got {values}")
+        if unknown:
+            raise ValueError(
+                f"models: unknown {', '.join(unknown)}; expected some of {', '.join(MODELS)}"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "device: cuda is asked for, and torch finds no GPU here; pass --device cpu"
+            )
+        if self.dtype not in ("", "float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
+        for name, values in (
+            ("tokens", self.tokens),
+            ("ratios", self.ratios),
+            ("threads, repeats and seconds", (self.threads, self.repeats, self.seconds)),
+        ):
+            if not values or min(values) <= 0:
+                raise ValueError(f"{name} must be positive; got {values}")
 
     @property
-    def torch_dtype(self) -> torch.dtype: return getattr(torch, self.dtype or ("bfloat16" if self.device == "cuda" else "float32"))
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype or ("bfloat16" if self.device == "cuda" else "float32"))
 
 # %% ../nbs/63_bench.ipynb #37309cd7
 def original_block(dims: Dims, dtype: torch.dtype, device: str) -> nn.Module:
     "Random experts with the class of Qwen3-MoE."
-    config = Qwen3MoeConfig(hidden_size=dims.d, moe_intermediate_size=dims.f, num_experts=dims.E, num_experts_per_tok=dims.K)
-    with torch.device("meta"): experts = Qwen3MoeExperts(config).to(dtype)
+    config = Qwen3MoeConfig(
+        hidden_size=dims.d,
+        moe_intermediate_size=dims.f,
+        num_experts=dims.E,
+        num_experts_per_tok=dims.K,
+    )
+    with torch.device("meta"):
+        experts = Qwen3MoeExperts(config).to(dtype)
     experts.to_empty(device=device)
     with torch.no_grad():
-        for parameter in experts.parameters(): parameter.normal_(0, .02)
+        for parameter in experts.parameters():
+            parameter.normal_(0, 0.02)
     return experts.eval()
 
 
@@ -90,18 +142,36 @@ def wide_rank(dims: Dims, ratio: float) -> int:
 def compressed_block(original: nn.Module, dims: Dims, ratio: float) -> SharedCoreExperts:
     "Random factors that store `ratio` of the numbers of `original`."
     rank, like = wide_rank(dims, ratio), original.down_proj
-    def random(*shape): return torch.randn(shape, dtype=like.dtype, device=like.device) * .02
-    def ranks(value): return torch.full((dims.E,), value, dtype=torch.int32, device=like.device)
-    cores = [SharedCore(core=random(dims.f, dims.d), P=random(0, dims.f), Q=random(0, dims.f), G=random(dims.E * rank, dims.f),
-                        V=None if name == "up" else random(dims.E * rank, dims.d), narrow_ranks=ranks(0), wide_ranks=ranks(rank)) for name in ("gate", "up", "down")]
+
+    def random(*shape):
+        return torch.randn(shape, dtype=like.dtype, device=like.device) * 0.02
+
+    def ranks(value):
+        return torch.full((dims.E,), value, dtype=torch.int32, device=like.device)
+
+    cores = [
+        SharedCore(
+            core=random(dims.f, dims.d),
+            P=random(0, dims.f),
+            Q=random(0, dims.f),
+            G=random(dims.E * rank, dims.f),
+            V=None if name == "up" else random(dims.E * rank, dims.d),
+            narrow_ranks=ranks(0),
+            wide_ranks=ranks(rank),
+        )
+        for name in ("gate", "up", "down")
+    ]
     return SharedCoreExperts(original, gate=cores[0], up=cores[1], down=cores[2]).eval()
 
 # %% ../nbs/63_bench.ipynb #c36d0405
 def synchronize(device: str) -> None:
-    if device == "cuda": torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def interleaved(calls: dict[str, Callable], device: str, repeats: int, seconds: float) -> dict[str, float]:
+def interleaved(
+    calls: dict[str, Callable], device: str, repeats: int, seconds: float
+) -> dict[str, float]:
     "Median seconds of each call, in turns; the first turn warms up. Ends early when `seconds` are over."
     times, start = {name: [] for name in calls}, time.perf_counter()
     other = torch.zeros(2**25, device=device)
@@ -112,13 +182,16 @@ def interleaved(calls: dict[str, Callable], device: str, repeats: int, seconds: 
             begin = time.perf_counter()
             call()
             synchronize(device)
-            if turn: times[name].append(time.perf_counter() - begin)
-        if turn and time.perf_counter() - start > seconds: break
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+        if turn and time.perf_counter() - start > seconds:
+            break
     return {name: statistics.median(values) for name, values in times.items()}
 
 # %% ../nbs/63_bench.ipynb #04b84aa0
 class Peaks(NamedTuple):
     "What the device was measured to do."
+
     operations: float  # Per second, multiplying large matrices
     bytes: float  # Per second, copying
 
@@ -128,45 +201,82 @@ def measure_peaks(device: str, dtype: torch.dtype) -> Peaks:
     n, size = (8192, 2**30) if device == "cuda" else (1024, 2**27)
     a, buffer = torch.randn(n, n, dtype=dtype, device=device), torch.zeros(size // 4, device=device)
     target = torch.empty_like(buffer)
-    def best(call): return min(interleaved({"": call}, device, 1, 60)[""] for _ in range(4))
+
+    def best(call):
+        return min(interleaved({"": call}, device, 1, 60)[""] for _ in range(4))
+
     return Peaks(2 * n**3 / best(lambda: a @ a), 2 * size / best(lambda: target.copy_(buffer)))
 
 
 def cost(dims: Dims, ratio: float, tokens: int, width: int) -> tuple[float, float]:
     "Operations and bytes of a compressed block: cores once, and the factors of the experts that `tokens` tokens are expected to choose; `width` bytes a number."
     per_expert = wide_rank(dims, ratio) * (3 * dims.f + 2 * dims.d)
-    chosen = dims.E * (1 - (1 - dims.K / dims.E)**tokens)
+    chosen = dims.E * (1 - (1 - dims.K / dims.E) ** tokens)
     core = 3 * dims.f * dims.d
-    return 2. * tokens * (core + dims.K * per_expert), width * (core + chosen * per_expert + 2 * tokens * dims.d)
+    return 2.0 * tokens * (core + dims.K * per_expert), width * (
+        core + chosen * per_expert + 2 * tokens * dims.d
+    )
 
 # %% ../nbs/63_bench.ipynb #22ba1bff
-def block_calls(original: nn.Module, compressed: SharedCoreExperts, batch: tuple, dims: Dims) -> dict[str, Callable]:
+def block_calls(
+    original: nn.Module, compressed: SharedCoreExperts, batch: tuple, dims: Dims
+) -> dict[str, Callable]:
     "Name -> call: each implementation of transformers on the original, and the compressed block. `batched_mm` copies the weights of every pair: only for few pairs."
+
     def run(name):
         def call():
             original.config._experts_implementation = name
-            with torch.no_grad(): original(*batch)
+            with torch.no_grad():
+                original(*batch)
+
         return call
+
     def ours():
         original.config._experts_implementation = "shared_core"
-        with torch.no_grad(): compressed(*batch)
+        with torch.no_grad():
+            compressed(*batch)
+
     names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or batch[1].numel() <= dims.E]
     return {**{name: run(name) for name in names}, "compressed": ours}
 
 # %% ../nbs/63_bench.ipynb #a4a2a7df
-def block_row(name: str, ratio: float, tokens: int, blocks: tuple, peaks: Peaks, config: BenchConfig, seconds: float) -> dict:
+def block_row(
+    name: str,
+    ratio: float,
+    tokens: int,
+    blocks: tuple,
+    peaks: Peaks,
+    config: BenchConfig,
+    seconds: float,
+) -> dict:
     "One line of the table."
     dims, like = MODELS[name], blocks[0].down_proj
     weights, index = torch.randn(tokens, dims.E, device=like.device).softmax(-1).topk(dims.K)
-    batch = torch.randn(tokens, dims.d, device=like.device).to(like.dtype), index, (weights / weights.sum(1, keepdim=True)).to(like.dtype)
+    batch = (
+        torch.randn(tokens, dims.d, device=like.device).to(like.dtype),
+        index,
+        (weights / weights.sum(1, keepdim=True)).to(like.dtype),
+    )
     times = interleaved(block_calls(*blocks, batch, dims), config.device, config.repeats, seconds)
     operations, moved = cost(dims, ratio, tokens, like.element_size())
-    fastest, ours = min(value for key, value in times.items() if key != "compressed"), times["compressed"]
+    fastest, ours = (
+        min(value for key, value in times.items() if key != "compressed"),
+        times["compressed"],
+    )
     bound = max(operations / peaks.operations, moved / peaks.bytes)
-    return dict(model=name, ratio=ratio, tokens=tokens, **{f"{key}_ms": round(1e3 * value, 3) for key, value in times.items()}, speedup=round(fastest / ours, 2), roofline=round(bound / ours, 2))
+    return dict(
+        model=name,
+        ratio=ratio,
+        tokens=tokens,
+        **{f"{key}_ms": round(1e3 * value, 3) for key, value in times.items()},
+        speedup=round(fastest / ours, 2),
+        roofline=round(bound / ours, 2),
+    )
 
 # %% ../nbs/63_bench.ipynb #1d22d597
-def bench_blocks(config: BenchConfig, peaks: Peaks, deadline: float) -> tuple[list[dict], list[str]]:
+def bench_blocks(
+    config: BenchConfig, peaks: Peaks, deadline: float
+) -> tuple[list[dict], list[str]]:
     "The table, and what was left out of it."
     rows, left_out = [], []
     todo = [(name, ratio) for name in config.models for ratio in config.ratios]
@@ -175,7 +285,9 @@ def bench_blocks(config: BenchConfig, peaks: Peaks, deadline: float) -> tuple[li
         if wide_rank(dims, ratio) < 1:
             left_out.append(f"{name} at {ratio}: its cores alone are larger")
             continue
-        if config.device == "cpu" and 3.3 * dims.E * dims.f * dims.d * width > .6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        if config.device == "cpu" and 3.3 * dims.E * dims.f * dims.d * width > 0.6 * os.sysconf(
+            "SC_AVPHYS_PAGES"
+        ) * os.sysconf("SC_PAGE_SIZE"):
             left_out.append(f"{name}: too large for the free memory of this machine")
             continue
         share = (deadline - time.perf_counter()) / (len(todo) - number)
@@ -184,33 +296,71 @@ def bench_blocks(config: BenchConfig, peaks: Peaks, deadline: float) -> tuple[li
     return rows, left_out
 
 
-def bench_block(name: str, ratio: float, peaks: Peaks, config: BenchConfig, seconds: float) -> tuple[list[dict], list[str]]:
+def bench_block(
+    name: str, ratio: float, peaks: Peaks, config: BenchConfig, seconds: float
+) -> tuple[list[dict], list[str]]:
     "All sizes of one block; a size is left out when the last one says that it would not fit into `seconds`."
     end, rows, last = time.perf_counter() + seconds, [], None
     original = original_block(MODELS[name], config.torch_dtype, config.device)
     blocks = original, compressed_block(original, MODELS[name], ratio)
     for position, tokens in enumerate(sorted(config.tokens)):
         left = end - time.perf_counter()
-        if last and left < last[1] * min(8, tokens / last[0]): return rows, [f"{name} at {ratio}, {tokens} tokens: no time left"]
-        rows.append(block_row(name, ratio, tokens, blocks, peaks, config, left / (2 * (len(config.tokens) - position))))
+        if last and left < last[1] * min(8, tokens / last[0]):
+            return rows, [f"{name} at {ratio}, {tokens} tokens: no time left"]
+        rows.append(
+            block_row(
+                name,
+                ratio,
+                tokens,
+                blocks,
+                peaks,
+                config,
+                left / (2 * (len(config.tokens) - position)),
+            )
+        )
         turn = sum(value for key, value in rows[-1].items() if key.endswith("_ms")) / 1e3
         last = tokens, 2 * turn
     return rows, []
 
 # %% ../nbs/63_bench.ipynb #228b7f4e
 @torch.no_grad()
-def random_model(dims: Dims, layers: int, ratio: float, dtype: torch.dtype, device: str) -> tuple[nn.Module, nn.Module]:
+def random_model(
+    dims: Dims, layers: int, ratio: float, dtype: torch.dtype, device: str
+) -> tuple[nn.Module, nn.Module]:
     "A random model whose experts are factors, and the same model with its experts materialised; everything else is shared between them."
-    config = Qwen3MoeConfig(hidden_size=dims.d, moe_intermediate_size=dims.f, num_experts=dims.E, num_experts_per_tok=dims.K, num_hidden_layers=layers, vocab_size=1024,
-                            num_attention_heads=16, num_key_value_heads=4, head_dim=128, norm_topk_prob=True, eos_token_id=None, pad_token_id=0, bos_token_id=None)
-    with torch.device("meta"): compressed = Qwen3MoeForCausalLM(config).to(dtype)
+    config = Qwen3MoeConfig(
+        hidden_size=dims.d,
+        moe_intermediate_size=dims.f,
+        num_experts=dims.E,
+        num_experts_per_tok=dims.K,
+        num_hidden_layers=layers,
+        vocab_size=1024,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=128,
+        norm_topk_prob=True,
+        eos_token_id=None,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    with torch.device("meta"):
+        compressed = Qwen3MoeForCausalLM(config).to(dtype)
     for name, experts in find_experts(compressed).items():
         shell = experts.to_empty(device=device)  # untouched pages take no memory
         compressed.set_submodule(name, compressed_block(shell, dims, ratio))
     parts = compressed_experts(compressed)
     for module in compressed.modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta: setattr(module, key, nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device) if parameter.ndim == 1 else torch.randn(parameter.shape, dtype=dtype, device=device) * .05))
+            if parameter.is_meta:
+                setattr(
+                    module,
+                    key,
+                    nn.Parameter(
+                        torch.ones(parameter.shape, dtype=dtype, device=device)
+                        if parameter.ndim == 1
+                        else torch.randn(parameter.shape, dtype=dtype, device=device) * 0.05
+                    ),
+                )
     compressed.model.rotary_emb = type(compressed.model.rotary_emb)(config).to(device)
     return compressed.eval(), with_materialized(compressed, parts)
 
@@ -219,7 +369,8 @@ def with_materialized(compressed: nn.Module, parts: dict[str, SharedCoreExperts]
     "A copy of the model that shares all tensors but the experts, which are materialised."
     config = type(compressed.config)(**compressed.config.to_dict())
     config._attn_implementation = compressed.config._attn_implementation
-    with torch.device("meta"): original = type(compressed)(config)
+    with torch.device("meta"):
+        original = type(compressed)(config)
     for name, module in parts.items():
         full = materialized(module)
         full.config = original.config
@@ -233,21 +384,62 @@ def with_materialized(compressed: nn.Module, parts: dict[str, SharedCoreExperts]
 
 # %% ../nbs/63_bench.ipynb #b7c0a79b
 @torch.no_grad()
-def model_rows(label: str, compressed: nn.Module, original: nn.Module, config: BenchConfig, prompt: int, new: int, seconds: float) -> list[dict]:
+def model_rows(
+    label: str,
+    compressed: nn.Module,
+    original: nn.Module,
+    config: BenchConfig,
+    prompt: int,
+    new: int,
+    seconds: float,
+) -> list[dict]:
     "Prefill and decoding of both models, and whether they wrote the same. `batched_mm` copies the weights of every pair: only where those of the prompt are few."
     device, dims, texts = compressed.device, compressed.config, {}
-    copied = 12 * prompt * dims.num_experts_per_tok * dims.hidden_size * dims.moe_intermediate_size  # Bytes
+    copied = (
+        12 * prompt * dims.num_experts_per_tok * dims.hidden_size * dims.moe_intermediate_size
+    )  # Bytes
     names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or copied < 1e9]
     ids = torch.randint(0, compressed.config.vocab_size, (1, prompt), device=device)
+
     def write(model, name, count):
         model.set_experts_implementation(name)
-        texts[id(model)] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    variants = {name: (original, name) for name in names} | {"compressed": (compressed, "shared_core")}
-    first = interleaved({name: lambda v=v: write(*v, 1) for name, v in variants.items()}, config.device, config.repeats, seconds / 3)
-    whole = interleaved({name: lambda v=v: write(*v, new) for name, v in variants.items()}, config.device, config.repeats, seconds)
+        texts[id(model)] = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+        )
+
+    variants = {name: (original, name) for name in names} | {
+        "compressed": (compressed, "shared_core")
+    }
+    first = interleaved(
+        {name: lambda v=v: write(*v, 1) for name, v in variants.items()},
+        config.device,
+        config.repeats,
+        seconds / 3,
+    )
+    whole = interleaved(
+        {name: lambda v=v: write(*v, new) for name, v in variants.items()},
+        config.device,
+        config.repeats,
+        seconds,
+    )
     same = torch.equal(texts[id(compressed)], texts[id(original)])
-    def row(name, model): return dict(model=label, form=name, prefill_tokens_per_s=round(prompt / first[name], 1), decode_tokens_per_s=round((new - 1) / (whole[name] - first[name]), 1),
-                                      weights_MB=round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1), same_text=same)
+
+    def row(name, model):
+        return dict(
+            model=label,
+            form=name,
+            prefill_tokens_per_s=round(prompt / first[name], 1),
+            decode_tokens_per_s=round((new - 1) / (whole[name] - first[name]), 1),
+            weights_MB=round(
+                sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1
+            ),
+            same_text=same,
+        )
+
     return [row(name, model) for name, (model, _) in variants.items()]
 
 # %% ../nbs/63_bench.ipynb #d345ef44
@@ -257,39 +449,78 @@ def fit_row(label: str, experts: nn.Module, ratio: float, config: BenchConfig) -
     begin = time.perf_counter()
     fit_layer(experts, CompressionConfig(ratio=ratio))
     synchronize(config.device)
-    return dict(model=label, ratio=ratio, fit_seconds_per_layer=round(time.perf_counter() - begin, 2))
+    return dict(
+        model=label, ratio=ratio, fit_seconds_per_layer=round(time.perf_counter() - begin, 2)
+    )
 
 
-def distillation_row(label: str, student: nn.Module, teacher: nn.Module, config: BenchConfig, tokens: int, seconds: float) -> dict:
+def distillation_row(
+    label: str,
+    student: nn.Module,
+    teacher: nn.Module,
+    config: BenchConfig,
+    tokens: int,
+    seconds: float,
+) -> dict:
     "Tokens per second of forward of both, divergence and backward; peak memory on a GPU."
     ids = torch.randint(0, student.config.vocab_size, (1, tokens), device=student.device)
+
     def step():
-        with torch.no_grad(): target = teacher(ids).logits.log_softmax(-1)
-        nn.functional.kl_div(student(ids).logits.log_softmax(-1), target, log_target=True, reduction="sum").backward()
+        with torch.no_grad():
+            target = teacher(ids).logits.log_softmax(-1)
+        nn.functional.kl_div(
+            student(ids).logits.log_softmax(-1), target, log_target=True, reduction="sum"
+        ).backward()
         student.zero_grad(set_to_none=True)
-    if config.device == "cuda": torch.cuda.reset_peak_memory_stats()
+
+    if config.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     taken = interleaved({"step": step}, config.device, config.repeats, seconds)["step"]
-    peak = dict(peak_MB=round(torch.cuda.max_memory_allocated() / 1e6)) if config.device == "cuda" else {}
+    peak = (
+        dict(peak_MB=round(torch.cuda.max_memory_allocated() / 1e6))
+        if config.device == "cuda"
+        else {}
+    )
     return dict(model=label, distillation_tokens_per_s=round(tokens / taken, 1), **peak)
 
 # %% ../nbs/63_bench.ipynb #b50fcd55
 def bench_models(config: BenchConfig, deadline: float) -> dict[str, list[dict]]:
     "The embedded model, compressed to a quarter, and four random layers with real dimensions: OLMoE's where there is room for them, else those of a smaller model."
     teacher, compressed = load_tiny()[0].to(config.device), load_tiny()[0].to(config.device)
-    fit = [fit_row("embedded", next(iter(find_experts(compressed).values())), .25, config)]
-    compressed = compress_model(compressed, CompressionConfig(ratio=.25))[0]
+    fit = [fit_row("embedded", next(iter(find_experts(compressed).values())), 0.25, config)]
+    compressed = compress_model(compressed, CompressionConfig(ratio=0.25))[0]
     parts = compressed_experts(compressed)
-    short = dict(seconds=min(15., (deadline - time.perf_counter()) / 4))
-    models = model_rows("embedded", compressed, with_materialized(compressed, parts), config, 64, 32, **short)
+    short = dict(seconds=min(15.0, (deadline - time.perf_counter()) / 4))
+    models = model_rows(
+        "embedded", compressed, with_materialized(compressed, parts), config, 64, 32, **short
+    )
     distillation = [distillation_row("embedded", compressed, teacher, config, 512, **short)]
-    room = config.device == "cuda" or 11e9 < .6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = config.device == "cuda" or 11e9 < 0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
     label, dims = ("OLMoE", MODELS["OLMoE"]) if room else SMALL_REAL
     if deadline - time.perf_counter() > 30:
-        student, original = random_model(dims, 4, .12, config.torch_dtype if config.device == "cuda" else torch.float32, config.device)
-        models += model_rows(f"4 layers of {label}", student, original, config, 64, 16, seconds=min(30., (deadline - time.perf_counter()) / 4))
+        student, original = random_model(
+            dims,
+            4,
+            0.12,
+            config.torch_dtype if config.device == "cuda" else torch.float32,
+            config.device,
+        )
+        models += model_rows(
+            f"4 layers of {label}",
+            student,
+            original,
+            config,
+            64,
+            16,
+            seconds=min(30.0, (deadline - time.perf_counter()) / 4),
+        )
         if config.device == "cuda":
-            fit.append(fit_row(label, next(iter(find_experts(original).values())), .25, config))
-            distillation.append(distillation_row(f"4 layers of {label}", student, original, config, 4096, **short))
+            fit.append(fit_row(label, next(iter(find_experts(original).values())), 0.25, config))
+            distillation.append(
+                distillation_row(f"4 layers of {label}", student, original, config, 4096, **short)
+            )
     return dict(models=models, fit=fit, distillation=distillation)
 
 # %% ../nbs/63_bench.ipynb #19a8c377
@@ -306,20 +537,43 @@ def run_bench(config: BenchConfig) -> dict:
             peaks = measure_peaks(config.device, config.torch_dtype)
             tables = bench_models(config, begin + config.seconds / 3) if config.all else {}
             blocks, left_out = bench_blocks(config, peaks, deadline)
-            if config.device == "cpu": left_out.append("everything on a GPU: torch finds none, or --device cpu was given")
-            device = torch.cuda.get_device_name() if config.device == "cuda" else f"CPU, {config.threads} thread(s)"
-            results = dict(device=device, torch=torch.__version__, config=asdict(config), peaks=peaks._asdict(), blocks=blocks, **tables, left_out=left_out, seconds=round(time.perf_counter() - begin))
+            if config.device == "cpu":
+                left_out.append("everything on a GPU: torch finds none, or --device cpu was given")
+            device = (
+                torch.cuda.get_device_name()
+                if config.device == "cuda"
+                else f"CPU, {config.threads} thread(s)"
+            )
+            results = dict(
+                device=device,
+                torch=torch.__version__,
+                config=asdict(config),
+                peaks=peaks._asdict(),
+                blocks=blocks,
+                **tables,
+                left_out=left_out,
+                seconds=round(time.perf_counter() - begin),
+            )
             (Path(folder) / RESULTS).write_text(json.dumps(results, indent=1))
             if blocks:
                 plot_speedups(blocks, device).savefig(Path(folder) / "speed.png", dpi=150)
                 plot_roofline(blocks, device).savefig(Path(folder) / "roofline.png", dpi=150)
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
     return results
 
 
 def bench_summary(results: dict) -> str:
     "The tables as text."
     peaks = results["peaks"]
-    parts = [f"{results['device']}: {peaks['operations'] / 1e9:.0f} billion operations/s, {peaks['bytes'] / 1e9:.1f} GB/s"]
-    parts += [pd.DataFrame(results[name]).to_string(index=False) for name in ("blocks", "models", "fit", "distillation") if results.get(name)]
-    return "\n\n".join([*parts, "left out:\n" + "\n".join(f"  {line}" for line in results["left_out"])])
+    parts = [
+        f"{results['device']}: {peaks['operations'] / 1e9:.0f} billion operations/s, {peaks['bytes'] / 1e9:.1f} GB/s"
+    ]
+    parts += [
+        pd.DataFrame(results[name]).to_string(index=False)
+        for name in ("blocks", "models", "fit", "distillation")
+        if results.get(name)
+    ]
+    return "\n\n".join(
+        [*parts, "left out:\n" + "\n".join(f"  {line}" for line in results["left_out"])]
+    )

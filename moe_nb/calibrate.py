@@ -79,13 +79,19 @@ def add_moments(
     biases_E = [None] * weights.E
     if weights.layout.has_bias:
         biases_E = getattr(experts, weights.layout.biases[0])
-    hidden_states, top_k_index, top_k_weights = routing(experts, hidden_states, top_k_index, top_k_weights)
+    hidden_states, top_k_index, top_k_weights = routing(
+        experts, hidden_states, top_k_index, top_k_weights
+    )
     for e, token_p, slot_p in pairs_by_expert(top_k_index, weights.E):
         x_pd = hidden_states[token_p]
         w2_p1 = top_k_weights[token_p, slot_p, None].float().square()
         inner_pf = [x_pd @ weights[name][e].T for name in weights.inner]
         h_pf, c_p2f = activation(experts, inner_pf, biases_E[e])
-        for total, value in ((moments.inputs, x_pd), (moments.slopes, c_p2f), (moments.hidden, h_pf)):
+        for total, value in (
+            (moments.inputs, x_pd),
+            (moments.slopes, c_p2f),
+            (moments.hidden, h_pf),
+        ):
             value = value.float()
             total[e] += value.T @ (w2_p1 * value)
         moments.weight[e] += w2_p1.sum()
@@ -136,9 +142,13 @@ def watched(
     handles = []
     for name, module in modules.items():
         if before is not None:
-            handles.append(module.register_forward_pre_hook(lambda *call, name=name: before(name, *call)))
+            handles.append(
+                module.register_forward_pre_hook(lambda *call, name=name: before(name, *call))
+            )
         if after is not None:
-            handles.append(module.register_forward_hook(lambda *call, name=name: after(name, *call)))
+            handles.append(
+                module.register_forward_hook(lambda *call, name=name: after(name, *call))
+            )
     try:
         yield
     finally:
@@ -222,6 +232,7 @@ def log_likelihood(seen: Moments, unseen: Moments) -> float:
 # %% ../nbs/20_calibrate.ipynb #c802f828
 def likeliest_prior(first: Moments, second: Moments) -> float:
     "The one of `PRIORS` under which two sets of tokens explain each other best."
+
     def score(prior):
         forth = log_likelihood(replace(first, prior_tokens=prior), second)
         back = log_likelihood(replace(second, prior_tokens=prior), first)
@@ -239,7 +250,10 @@ def calibrate(
     if len(sequences) < 2:
         return collect_moments(model, sequences)
     middle = len(sequences) // 2
-    first, second = collect_moments(model, sequences[:middle]), collect_moments(model, sequences[middle:])
+    first, second = (
+        collect_moments(model, sequences[:middle]),
+        collect_moments(model, sequences[middle:]),
+    )
     moments = {}
     for name in first:
         prior = likeliest_prior(first[name], second[name])

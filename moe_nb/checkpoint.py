@@ -50,123 +50,235 @@ def projection_file(name: str) -> str:
     >>> projection_file("gate.core"), projection_file("gate_up_proj_bias"), projection_file("up.core"), projection_file("post_expert_norm.weight")
     ('gate_proj', 'gate_proj', 'up_proj', 'down_proj')
     """
-    return "gate_proj" if name.startswith("gate") else "up_proj" if name.startswith("up") else "down_proj"
+    return (
+        "gate_proj"
+        if name.startswith("gate")
+        else "up_proj"
+        if name.startswith("up")
+        else "down_proj"
+    )
 
 # %% ../nbs/31_checkpoint.ipynb #766733c6
-def split_state(model: nn.Module,
-                state_dict: dict[str, torch.Tensor] | None = None,  # In place of the model's own: gathered from the shards of a distributed model, or a part
-                folders: dict[str, str] | None = None  # Of all experts modules, where some are not compressed yet
-               ) -> dict[str, dict[str, torch.Tensor]]:
+def split_state(
+    model: nn.Module,
+    state_dict: dict[str, torch.Tensor]
+    | None = None,  # In place of the model's own: gathered from the shards of a distributed model, or a part
+    folders: dict[str, str]
+    | None = None,  # Of all experts modules, where some are not compressed yet
+) -> dict[str, dict[str, torch.Tensor]]:
     "File (without suffix) -> tensors, for all persistent tensors of a compressed `model`; tied tensors once, names as `save_pretrained` writes them."
-    state = remove_tied_weights_from_state_dict(dict(model.state_dict() if state_dict is None else state_dict), model)
+    state = remove_tied_weights_from_state_dict(
+        dict(model.state_dict() if state_dict is None else state_dict), model
+    )
     offloaded = [name for name, tensor in state.items() if tensor.device.type == "meta"]
-    if offloaded: raise ValueError(f"{offloaded[0]} is offloaded: load the model on devices that hold it (device_map={{'': 'cpu'}}) before saving")
+    if offloaded:
+        raise ValueError(
+            f"{offloaded[0]} is offloaded: load the model on devices that hold it (device_map={{'': 'cpu'}}) before saving"
+        )
     folders = folders or layer_folders(list(compressed_experts(model)))
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         owner = next((module for module in folders if name.startswith(module + ".")), None)
         file = "non_moe_weights"
         if owner:
-            file = f"{folders[owner]}/{projection_file(name[len(owner) + 1:])}"
+            file = f"{folders[owner]}/{projection_file(name[len(owner) + 1 :])}"
         files.setdefault(file, {})[name] = tensor
     return {file: revert_weight_conversion(model, tensors) for file, tensors in files.items()}
 
 # %% ../nbs/31_checkpoint.ipynb #81548541
-def save_compressed_model(model: nn.Module,  # A compressed model
-                          path: str | Path,  # New directory, or an older one of ours, which is replaced
-                          tokenizer=None,  # Saved with it
-                          *,
-                          weights_format: str | None = None,  # "safetensors" or "pt"; None: that of the directory it was loaded from
-                          max_shard_size: str = "5GB",  # Of each file of weights that are not experts
-                          state_dict: dict[str, torch.Tensor] | None = None  # In place of the model's own, for a distributed model
-                         ) -> Path:
+def save_compressed_model(
+    model: nn.Module,  # A compressed model
+    path: str | Path,  # New directory, or an older one of ours, which is replaced
+    tokenizer=None,  # Saved with it
+    *,
+    weights_format: str
+    | None = None,  # "safetensors" or "pt"; None: that of the directory it was loaded from
+    max_shard_size: str = "5GB",  # Of each file of weights that are not experts
+    state_dict: dict[str, torch.Tensor]
+    | None = None,  # In place of the model's own, for a distributed model
+) -> Path:
     "Write the complete model: every parameter and buffer, config, tokenizer, statistics and metadata. Atomic."
-    if not compressed_experts(model): raise ValueError("the model holds no compressed experts: use compress_model first, or save_pretrained")
-    if getattr(model, "hf_quantizer", None) is None: mark_compressed(model)
+    if not compressed_experts(model):
+        raise ValueError(
+            "the model holds no compressed experts: use compress_model first, or save_pretrained"
+        )
+    if getattr(model, "hf_quantizer", None) is None:
+        mark_compressed(model)
     config = copy.copy(model.config.quantization_config)
     config.weights_format = weights_format or config.weights_format
-    if config.weights_format not in SUFFIXES: raise ValueError(f"weights_format must be one of {', '.join(SUFFIXES)}; got {weights_format!r}")
+    if config.weights_format not in SUFFIXES:
+        raise ValueError(
+            f"weights_format must be one of {', '.join(SUFFIXES)}; got {weights_format!r}"
+        )
     with atomic_directory(path, METADATA) as folder:
         write_model_files(model, config, folder, max_shard_size, state_dict)
-        if tokenizer is not None: tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         write_metadata(folder, config)
         write_card(folder, path, config.compression, config.statistics)
     return Path(path)
 
 # %% ../nbs/31_checkpoint.ipynb #8d046f92
-def write_shards(folder: Path, file: str, tensors: dict[str, torch.Tensor], suffix: str, max_shard_size: str) -> dict[str, str]:
+def write_shards(
+    folder: Path, file: str, tensors: dict[str, torch.Tensor], suffix: str, max_shard_size: str
+) -> dict[str, str]:
     "Write `tensors` to `file`, in several parts if they are large; returns tensor name -> file."
-    shards = split_torch_state_dict_into_shards(tensors, filename_pattern=file + "{suffix}" + suffix, max_shard_size=max_shard_size)
-    for shard, names in shards.filename_to_tensors.items(): write_tensors(folder / shard, {name: tensors[name] for name in names})
+    shards = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=file + "{suffix}" + suffix, max_shard_size=max_shard_size
+    )
+    for shard, names in shards.filename_to_tensors.items():
+        write_tensors(folder / shard, {name: tensors[name] for name in names})
     return shards.tensor_to_filename
 
 
-def write_records(model: nn.Module, config: SharedCoreConfig, folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+def write_records(
+    model: nn.Module,
+    config: SharedCoreConfig,
+    folder: Path,
+    weight_map: dict[str, str],
+    total_size: int,
+) -> None:
     "Everything but weights, tokenizer and metadata: config, generation config, index and the records of the compression."
     model_config = copy.deepcopy(model.config)
-    model_config.dtype, model_config.architectures, model_config.quantization_config = str(model.dtype).split(".")[1], [type(model).__name__], config
+    model_config.dtype, model_config.architectures, model_config.quantization_config = (
+        str(model.dtype).split(".")[1],
+        [type(model).__name__],
+        config,
+    )
     model_config.save_pretrained(folder)
-    if model.can_generate(): model.generation_config.save_pretrained(folder)
-    (folder / INDEXES[config.weights_format]).write_text(json.dumps({"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}, indent=2))
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    (folder / INDEXES[config.weights_format]).write_text(
+        json.dumps(
+            {
+                "metadata": {"total_size": total_size},
+                "weight_map": dict(sorted(weight_map.items())),
+            },
+            indent=2,
+        )
+    )
     (folder / "compression_config.json").write_text(json.dumps(config.compression, indent=2))
-    (folder / "compression_statistics.yaml").write_text(yaml.safe_dump(config.statistics, sort_keys=False))
+    (folder / "compression_statistics.yaml").write_text(
+        yaml.safe_dump(config.statistics, sort_keys=False)
+    )
 
 
-def write_model_files(model: nn.Module, config: SharedCoreConfig, folder: Path, max_shard_size: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+def write_model_files(
+    model: nn.Module,
+    config: SharedCoreConfig,
+    folder: Path,
+    max_shard_size: str,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     "Weights and records of a compressed model, into `folder`."
     weight_map = {}
-    for file, tensors in split_state(model, state_dict).items(): weight_map |= write_shards(folder, file, tensors, SUFFIXES[config.weights_format], max_shard_size)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in (state_dict or model.state_dict()).values())
+    for file, tensors in split_state(model, state_dict).items():
+        weight_map |= write_shards(
+            folder, file, tensors, SUFFIXES[config.weights_format], max_shard_size
+        )
+    total = sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in (state_dict or model.state_dict()).values()
+    )
     write_records(model, config, folder, weight_map, total)
 
 # %% ../nbs/31_checkpoint.ipynb #522774c8
 def write_metadata(folder: Path, config: SharedCoreConfig) -> None:
     "`compressed_metadata.json`: what was compressed, and every file with size and hash. Its presence means complete, so it comes last."
-    files = {str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / CARD}
-    layers = {layer: {"module": name, "projections": config.modules[name]} for name, layer in layer_folders(list(config.modules)).items()}
-    (folder / METADATA).write_text(json.dumps({"format_version": config.format_version, "weights_format": config.weights_format, "versions": versions("torch", "transformers", "accelerate"), "layers": layers, "files": files}, indent=2))
+    files = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / CARD
+    }
+    layers = {
+        layer: {"module": name, "projections": config.modules[name]}
+        for name, layer in layer_folders(list(config.modules)).items()
+    }
+    (folder / METADATA).write_text(
+        json.dumps(
+            {
+                "format_version": config.format_version,
+                "weights_format": config.weights_format,
+                "versions": versions("torch", "transformers", "accelerate"),
+                "layers": layers,
+                "files": files,
+            },
+            indent=2,
+        )
+    )
 
 # %% ../nbs/31_checkpoint.ipynb #3878fcad
-def write_card(folder: Path,  # That becomes `path`
-               path: str | Path,
-               compression: dict,
-               statistics: dict,
-               exported: bool = False) -> None:
+def write_card(
+    folder: Path,  # That becomes `path`
+    path: str | Path,
+    compression: dict,
+    statistics: dict,
+    exported: bool = False,
+) -> None:
     "The model card of what is written to `folder`; what its owner wrote in the one in `path` is kept."
     old = Path(path) / CARD
-    (folder / CARD).write_text(card_text(old.read_text(encoding="utf-8") if old.is_file() else "", compression, statistics, exported), encoding="utf-8")
+    (folder / CARD).write_text(
+        card_text(
+            old.read_text(encoding="utf-8") if old.is_file() else "",
+            compression,
+            statistics,
+            exported,
+        ),
+        encoding="utf-8",
+    )
 
 # %% ../nbs/31_checkpoint.ipynb #a807e8a3
-_READ_FIRST = ("model.safetensors", "pytorch_model.bin", "adapter_config.json", *INDEXES.values())  # by from_pretrained
+_READ_FIRST = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "adapter_config.json",
+    *INDEXES.values(),
+)  # by from_pretrained
 
 
 def read_metadata(path: str | Path) -> dict:
     "`compressed_metadata.json` of a compressed directory, with its format version and its paths checked."
     path = Path(path)
     if not (path / METADATA).is_file():
-        raise FileNotFoundError(f"{path} is not a complete compressed model: it has no {METADATA}. Pass a directory written by save_compressed_model")
+        raise FileNotFoundError(
+            f"{path} is not a complete compressed model: it has no {METADATA}. Pass a directory written by save_compressed_model"
+        )
     metadata = json.loads((path / METADATA).read_text())
     if metadata["format_version"] > FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {metadata['format_version']} is newer than {FORMAT_VERSION}, the newest this moe_nb reads; upgrade moe_nb")
+        raise ValueError(
+            f"{path}: format version {metadata['format_version']} is newer than {FORMAT_VERSION}, the newest this moe_nb reads; upgrade moe_nb"
+        )
     for file in metadata["files"]:
         if Path(file).is_absolute() or not (path / file).resolve().is_relative_to(path.resolve()):
-            raise ValueError(f"{path / METADATA}: the path {file!r} leaves the directory; nothing was read")
+            raise ValueError(
+                f"{path / METADATA}: the path {file!r} leaves the directory; nothing was read"
+            )
     return metadata
 
 # %% ../nbs/31_checkpoint.ipynb #6396ac9d
-def verify_directory(path: str | Path,  # A compressed directory
-                     hashes: bool = True  # Also compare every SHA-256, which reads every byte
-                    ) -> dict:
+def verify_directory(
+    path: str | Path,  # A compressed directory
+    hashes: bool = True,  # Also compare every SHA-256, which reads every byte
+) -> dict:
     "Check every file of a compressed directory against its metadata, which is returned; the first difference raises `ValueError`."
     path, metadata = Path(path), read_metadata(path)
     for name, expected in metadata["files"].items():
-        if not (path / name).is_file(): raise ValueError(f"{path / name} is missing; copy the directory again")
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing; copy the directory again")
         size = (path / name).stat().st_size
-        if size != expected["size"]: raise ValueError(f"{path / name}: expected {expected['size']} bytes, found {size}; the copy is incomplete")
-        if hashes and sha256(path / name) != expected["sha256"]: raise ValueError(f"{path / name}: SHA-256 differs from the metadata; the file was damaged or changed")
+        if size != expected["size"]:
+            raise ValueError(
+                f"{path / name}: expected {expected['size']} bytes, found {size}; the copy is incomplete"
+            )
+        if hashes and sha256(path / name) != expected["sha256"]:
+            raise ValueError(
+                f"{path / name}: SHA-256 differs from the metadata; the file was damaged or changed"
+            )
     for name in _READ_FIRST:
         if (path / name).exists() and name not in metadata["files"]:
-            raise ValueError(f"{path / name} is not part of the checkpoint and could be loaded in place of it; remove it")
+            raise ValueError(
+                f"{path / name} is not part of the checkpoint and could be loaded in place of it; remove it"
+            )
     return metadata
 
 # %% ../nbs/31_checkpoint.ipynb #abe899fa
@@ -174,30 +286,53 @@ def offload_as_one(model: nn.Module) -> None:
     "Let accelerate bring in the experts of a layer as a whole, where it keeps their weights elsewhere."
     for name, experts in compressed_experts(model).items():
         hook = getattr(next(iter(experts.children())), "_hf_hook", None)
-        if hook is None or not hook.offload: continue
+        if hook is None or not hook.offload:
+            continue
         weights = PrefixedDataset(hook.weights_map.dataset, f"{name}.")
         remove_hook_from_module(experts, recurse=True)
-        add_hook_to_module(experts, AlignDevicesHook(execution_device=hook.execution_device, offload=True, weights_map=weights, place_submodules=True))
+        add_hook_to_module(
+            experts,
+            AlignDevicesHook(
+                execution_device=hook.execution_device,
+                offload=True,
+                weights_map=weights,
+                place_submodules=True,
+            ),
+        )
 
 # %% ../nbs/31_checkpoint.ipynb #c7f5c4ce
-def load_compressed_model(path: str | Path,  # A compressed directory
-                          original_model_name: str | None = None,  # Accepted for what a directory lacks; ours lack nothing
-                          *,
-                          device_map: str | dict | None = "auto",
-                          dtype: torch.dtype | str | None = None,  # None: as stored
-                          verify: str = "sha256",  # "sha256", or "size" to skip reading every byte twice
-                          **kwargs  # For `from_pretrained`: max_memory, offload_folder, ...
-                         ) -> nn.Module:
+def load_compressed_model(
+    path: str | Path,  # A compressed directory
+    original_model_name: str
+    | None = None,  # Accepted for what a directory lacks; ours lack nothing
+    *,
+    device_map: str | dict | None = "auto",
+    dtype: torch.dtype | str | None = None,  # None: as stored
+    verify: str = "sha256",  # "sha256", or "size" to skip reading every byte twice
+    **kwargs,  # For `from_pretrained`: max_memory, offload_folder, ...
+) -> nn.Module:
     "Load a compressed model, strictly: every file intact, every parameter found, none left over."
-    if verify not in ("sha256", "size"): raise ValueError(f"verify must be 'sha256' or 'size'; got {verify!r}")
+    if verify not in ("sha256", "size"):
+        raise ValueError(f"verify must be 'sha256' or 'size'; got {verify!r}")
     metadata = verify_directory(path, hashes=verify == "sha256")
     try:
-        model, report = model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, device_map=device_map, dtype=dtype or "auto", output_loading_info=True,
-                                                                                    use_safetensors=metadata["weights_format"] == "safetensors", **kwargs)
+        model, report = model_class(AutoConfig.from_pretrained(path)).from_pretrained(
+            path,
+            device_map=device_map,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=metadata["weights_format"] == "safetensors",
+            **kwargs,
+        )
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: a .pt file holds more than tensors and was not executed ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path}: a .pt file holds more than tensors and was not executed ({str(error).splitlines()[0]})"
+        ) from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]: raise ValueError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:5]}")
+        if report[problem]:
+            raise ValueError(
+                f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:5]}"
+            )
     offload_as_one(model)
     return model.eval()
 
@@ -205,9 +340,12 @@ def load_compressed_model(path: str | Path,  # A compressed directory
 def find_tokenizer(*sources: str | Path | None):
     "The tokenizer of the first of `sources` (directories or hub ids) that has one, else None."
     for source in sources:
-        if source is None: continue
-        try: return AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError): pass
+        if source is None:
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError):
+            pass
     return None
 
 # %% ../nbs/31_checkpoint.ipynb #adecb6b7

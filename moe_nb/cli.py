@@ -23,33 +23,50 @@ def config_flags(path: str) -> list[str]:
     import yaml
 
     values = yaml.safe_load(Path(path).read_text())
-    if not isinstance(values, dict): raise ValueError(f"{path}: expected a YAML mapping of flags to values, found {type(values).__name__}")
-    return [part for name, value in values.items() if value is not None
-            for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path}: expected a YAML mapping of flags to values, found {type(values).__name__}"
+        )
+    return [
+        part
+        for name, value in values.items()
+        if value is not None
+        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
 
 # %% ../nbs/65_cli.ipynb #6a6283d8
-def parse(argv: list[str],  # Flags, without the name of the command
-          command: str,
-          *classes: type  # Dataclasses whose fields are the flags
-         ) -> tuple:
+def parse(
+    argv: list[str],  # Flags, without the name of the command
+    command: str,
+    *classes: type,  # Dataclasses whose fields are the flags
+) -> tuple:
     "One instance of each class, from `argv` and the file that `--config` names."
     from transformers import HfArgumentParser
 
     argv = list(argv)
     if "--config" in argv:
         at = argv.index("--config")
-        if at + 1 == len(argv): raise ValueError("--config needs the path of a YAML file")
-        argv = config_flags(argv[at + 1]) + argv[:at] + argv[at + 2:]
-    return HfArgumentParser(classes, prog=f"moe-nb {command}", description=COMMANDS[command].__doc__).parse_args_into_dataclasses(argv)
+        if at + 1 == len(argv):
+            raise ValueError("--config needs the path of a YAML file")
+        argv = config_flags(argv[at + 1]) + argv[:at] + argv[at + 2 :]
+    return HfArgumentParser(
+        classes, prog=f"moe-nb {command}", description=COMMANDS[command].__doc__
+    ).parse_args_into_dataclasses(argv)
 
 # %% ../nbs/65_cli.ipynb #8543833f
-def text_sequences(tokenizer, source: str, column: str, tokens: int, length: int = 256) -> list | None:
+def text_sequences(
+    tokenizer, source: str, column: str, tokens: int, length: int = 256
+) -> list | None:
     "Token sequences of the text that `--calibration` names; None where it names none."
     from moe_nb.text import read_texts, token_sequences
     from moe_nb.tiny import tiny_text
 
-    if source in ("none", "self"): return None
-    if tokenizer is None: raise ValueError("the model has no tokenizer, so calibration text can not be read: add one, or pass --calibration self or none")
+    if source in ("none", "self"):
+        return None
+    if tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer, so calibration text can not be read: add one, or pass --calibration self or none"
+        )
     texts = tiny_text("calibration") if source == "embedded" else read_texts(source, column)
     return token_sequences(tokenizer, texts, length=length, limit=max(1, tokens // length))
 
@@ -59,10 +76,24 @@ class CompressArguments:
     model: str = field(metadata={"help": "the model to compress: a directory or a hub id"})
     output_dir: str = field(metadata={"help": "where the compressed model is written"})
     weights_format: str = field(default="safetensors", metadata={"help": "safetensors or pt"})
-    calibration: str = field(default="embedded", metadata={"help": "what weights the fit: embedded (the documentation of Python), a file (.txt, .md, .jsonl, .json, .parquet), a hub data set (name or name:configuration), self (sampled from the model), or none"})
-    calibration_column: str = field(default="text", metadata={"help": "column of the data that holds the text"})
-    calibration_tokens: int = field(default=131072, metadata={"help": "most tokens of it that are used, in sequences of 256"})
-    device_map: str | None = field(default=None, metadata={"help": "load the whole model there, as in transformers, in place of working layer by layer; calibration self always does (auto)"})
+    calibration: str = field(
+        default="embedded",
+        metadata={
+            "help": "what weights the fit: embedded (the documentation of Python), a file (.txt, .md, .jsonl, .json, .parquet), a hub data set (name or name:configuration), self (sampled from the model), or none"
+        },
+    )
+    calibration_column: str = field(
+        default="text", metadata={"help": "column of the data that holds the text"}
+    )
+    calibration_tokens: int = field(
+        default=131072, metadata={"help": "most tokens of it that are used, in sequences of 256"}
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "load the whole model there, as in transformers, in place of working layer by layer; calibration self always does (auto)"
+        },
+    )
 
 
 def compress(argv: list[str]) -> None:
@@ -82,44 +113,81 @@ def compress(argv: list[str]) -> None:
     arguments, config = parse(argv, "compress", CompressArguments, CompressionConfig)
     check_output(Path(arguments.output_dir), METADATA)
     tokenizer = find_tokenizer(arguments.model)
-    sequences = text_sequences(tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens)
+    sequences = text_sequences(
+        tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens
+    )
     planned = None
     if arguments.device_map is None and arguments.calibration != "self":
         if config.by_budget:
-            planned = make_plan(arguments.model, config, processes=processes().num_processes, calibration_tokens=sum(map(len, sequences or [])), device=processes().device)
+            planned = make_plan(
+                arguments.model,
+                config,
+                processes=processes().num_processes,
+                calibration_tokens=sum(map(len, sequences or [])),
+                device=processes().device,
+            )
             check_disk(planned, arguments.output_dir)
-        statistics = compress_checkpoint(arguments.model, arguments.output_dir, config, sequences, tokenizer=tokenizer, weights_format=arguments.weights_format)
+        statistics = compress_checkpoint(
+            arguments.model,
+            arguments.output_dir,
+            config,
+            sequences,
+            tokenizer=tokenizer,
+            weights_format=arguments.weights_format,
+        )
     else:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=arguments.device_map or "auto")
-        if arguments.calibration == "self": sequences = self_sequences(model, limit=max(1, arguments.calibration_tokens // 256), seed=config.seed)
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype="auto", device_map=arguments.device_map or "auto"
+        )
+        if arguments.calibration == "self":
+            sequences = self_sequences(
+                model, limit=max(1, arguments.calibration_tokens // 256), seed=config.seed
+            )
         model, statistics = compress_model(model, config, sequences)
-        save_compressed_model(model, arguments.output_dir, tokenizer, weights_format=arguments.weights_format)
-    if not PartialState().is_main_process: return
+        save_compressed_model(
+            model, arguments.output_dir, tokenizer, weights_format=arguments.weights_format
+        )
+    if not PartialState().is_main_process:
+        return
     print(report(arguments.output_dir))
     print(f"\ncompressed in {statistics.seconds:.0f} s")
-    if planned: print(outcome(planned, arguments.output_dir, statistics.seconds))
+    if planned:
+        print(outcome(planned, arguments.output_dir, statistics.seconds))
 
 # %% ../nbs/65_cli.ipynb #0366a000
 @dataclass(frozen=True, kw_only=True)
 class InspectArguments:
     model: str = field(metadata={"help": "a compressed directory"})
-    figure: str | None = field(default=None, metadata={"help": "file for a picture of the ranks per layer and expert, and the errors per layer (.png, .pdf, .svg)"})
+    figure: str | None = field(
+        default=None,
+        metadata={
+            "help": "file for a picture of the ranks per layer and expert, and the errors per layer (.png, .pdf, .svg)"
+        },
+    )
 
 
 def inspect(argv: list[str]) -> None:
     "Show what a compressed directory holds: where the parameters went, and where the error sits."
     from moe_nb.report import plot_report, report
 
-    if argv and not argv[0].startswith("-"): argv = ["--model", *argv]
-    arguments, = parse(argv, "inspect", InspectArguments)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
+    (arguments,) = parse(argv, "inspect", InspectArguments)
     print(report(arguments.model))
-    if arguments.figure: plot_report(arguments.model).savefig(arguments.figure, dpi=150)
+    if arguments.figure:
+        plot_report(arguments.model).savefig(arguments.figure, dpi=150)
 
 # %% ../nbs/65_cli.ipynb #8a2db093
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    model: str = field(metadata={"help": "the model to compress: a directory or a hub id; its config.json is enough"})
-    calibration_tokens: int = field(default=131072, metadata={"help": "tokens of the calibration; 0: none"})
+    model: str = field(
+        metadata={
+            "help": "the model to compress: a directory or a hub id; its config.json is enough"
+        }
+    )
+    calibration_tokens: int = field(
+        default=131072, metadata={"help": "tokens of the calibration; 0: none"}
+    )
     num_processes: int = field(default=1, metadata={"help": "processes that share the layers"})
 
 
@@ -130,28 +198,53 @@ def plan(argv: list[str]) -> None:
     from moe_nb.plan import make_plan
 
     arguments, config = parse(argv, "plan", PlanArguments, CompressionConfig)
-    print(make_plan(arguments.model, config, processes=arguments.num_processes, calibration_tokens=arguments.calibration_tokens, device=processes().device))
+    print(
+        make_plan(
+            arguments.model,
+            config,
+            processes=arguments.num_processes,
+            calibration_tokens=arguments.calibration_tokens,
+            device=processes().device,
+        )
+    )
 
 # %% ../nbs/65_cli.ipynb #31090f19
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
     model: str = field(metadata={"help": "a compressed directory"})
     output_dir: str = field(metadata={"help": "where the standard checkpoint is written"})
-    original_model_name: str | None = field(default=None, metadata={"help": "the original model, for a tokenizer that the directory lacks"})
-    dtype: str | None = field(default=None, metadata={"help": "data type of the export; default as stored"})
+    original_model_name: str | None = field(
+        default=None,
+        metadata={"help": "the original model, for a tokenizer that the directory lacks"},
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "data type of the export; default as stored"}
+    )
 
 
 def export(argv: list[str]) -> None:
     "Write a compressed model as a standard Hugging Face checkpoint, experts materialised."
     from moe_nb.export import export_to_hf_format
 
-    arguments, = parse(argv, "export", ExportArguments)
-    print(export_to_hf_format(arguments.model, arguments.original_model_name, arguments.output_dir, dtype=arguments.dtype))
+    (arguments,) = parse(argv, "export", ExportArguments)
+    print(
+        export_to_hf_format(
+            arguments.model,
+            arguments.original_model_name,
+            arguments.output_dir,
+            dtype=arguments.dtype,
+        )
+    )
 
 # %% ../nbs/65_cli.ipynb #d6de0eb1
 @dataclass(frozen=True, kw_only=True)
 class FeedbackArguments:
-    patience: int | None = field(default=None, metadata={"help": "end the training when so many results of moe-nb watch in a row were not better; default: never"})
+    patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "end the training when so many results of moe-nb watch in a row were not better; default: never"
+        },
+    )
 
 
 def distill(argv: list[str]) -> None:
@@ -166,27 +259,53 @@ def distill(argv: list[str]) -> None:
 
     config, feedback = parse(argv, "distill", DistillationConfig, FeedbackArguments)
     path = run_distillation(config, [EvaluationFeedback(feedback.patience)])
-    if not PartialState().is_main_process: return
+    if not PartialState().is_main_process:
+        return
     print(report(path) if (path / METADATA).is_file() else path)
 
 # %% ../nbs/65_cli.ipynb #4760ac41
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
     model: str = field(metadata={"help": "a directory (compressed or not) or a hub id"})
-    tasks: list[str] = field(metadata={"help": "lm-eval tasks; tiny_next_word and tiny_perplexity come with the package"})
+    tasks: list[str] = field(
+        metadata={"help": "lm-eval tasks; tiny_next_word and tiny_perplexity come with the package"}
+    )
     batch_size: int = field(default=8, metadata={"help": "sequences at a time"})
     limit: int | None = field(default=None, metadata={"help": "first items of each task only"})
-    num_fewshot: int | None = field(default=None, metadata={"help": "examples in the prompt; default what the task says"})
-    include_path: str | None = field(default=None, metadata={"help": "a folder of further lm-eval tasks; their Python code is run"})
-    device_map: str = field(default="auto", metadata={"help": "where the model is loaded, as in transformers"})
-    dtype: str | None = field(default=None, metadata={"help": "data type; default that of the checkpoint"})
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "examples in the prompt; default what the task says"}
+    )
+    include_path: str | None = field(
+        default=None,
+        metadata={"help": "a folder of further lm-eval tasks; their Python code is run"},
+    )
+    device_map: str = field(
+        default="auto", metadata={"help": "where the model is loaded, as in transformers"}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "data type; default that of the checkpoint"}
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file for the results"})
 
 
 def repeat_command(arguments: EvaluateArguments) -> str:
     "The command that gives the same scores, in the directory of the model."
-    flags = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in ("model", "tasks", "output", "device_map") and getattr(arguments, f.name) != f.default}
-    return " ".join(["moe-nb evaluate --model . --tasks", *arguments.tasks, *(f"--{name} {Path(str(value)).name if name == 'include_path' else value}" for name, value in flags.items())])
+    flags = {
+        f.name: getattr(arguments, f.name)
+        for f in fields(arguments)
+        if f.name not in ("model", "tasks", "output", "device_map")
+        and getattr(arguments, f.name) != f.default
+    }
+    return " ".join(
+        [
+            "moe-nb evaluate --model . --tasks",
+            *arguments.tasks,
+            *(
+                f"--{name} {Path(str(value)).name if name == 'include_path' else value}"
+                for name, value in flags.items()
+            ),
+        ]
+    )
 
 
 def evaluate(argv: list[str]) -> None:
@@ -197,19 +316,30 @@ def evaluate(argv: list[str]) -> None:
     from moe_nb.evaluate import evaluate_model, record_scores
     from moe_nb.export import EXPORT_RECORD
 
-    arguments, = parse(argv, "evaluate", EvaluateArguments)
-    options = {name: getattr(arguments, name) for name in ("batch_size", "limit", "num_fewshot", "include_path", "device_map", "dtype")}
+    (arguments,) = parse(argv, "evaluate", EvaluateArguments)
+    options = {
+        name: getattr(arguments, name)
+        for name in ("batch_size", "limit", "num_fewshot", "include_path", "device_map", "dtype")
+    }
     results = evaluate_model(arguments.model, ",".join(arguments.tasks), **options)
-    if arguments.output: Path(arguments.output).write_text(json.dumps(results, indent=2))
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(results, indent=2))
     print(pd.DataFrame(results).T.to_string())
-    if not any((Path(arguments.model) / marker).is_file() for marker in (METADATA, EXPORT_RECORD)): return
-    try: record_scores(arguments.model, results, repeat_command(arguments))
-    except OSError as error: print(f"the model card was not updated: {error}", file=sys.stderr)
+    if not any((Path(arguments.model) / marker).is_file() for marker in (METADATA, EXPORT_RECORD)):
+        return
+    try:
+        record_scores(arguments.model, results, repeat_command(arguments))
+    except OSError as error:
+        print(f"the model card was not updated: {error}", file=sys.stderr)
 
 # %% ../nbs/65_cli.ipynb #a51c0de2
 @dataclass(frozen=True, kw_only=True)
 class WatchArguments:
-    run: str = field(metadata={"help": "directory of the training (its output_dir), now or soon; results come into its folder eval_results"})
+    run: str = field(
+        metadata={
+            "help": "directory of the training (its output_dir), now or soon; results come into its folder eval_results"
+        }
+    )
 
 
 def watch(argv: list[str]) -> None:
@@ -218,16 +348,18 @@ def watch(argv: list[str]) -> None:
     from moe_nb.eval_queue import EvaluationConfig, results_table
 
     arguments, config = parse(argv, "watch", WatchArguments, EvaluationConfig)
-    with ending_orderly(): rows = (evaluator := CheckpointEvaluator(arguments.run, config)).run()
+    with ending_orderly():
+        rows = (evaluator := CheckpointEvaluator(arguments.run, config)).run()
     print(results_table(rows).drop(columns="higher_is_better").round(4).to_string(index=False))
-    for name, problem in evaluator.folder.failures().items(): print(f"not evaluated, now in eval_results/quarantine: {name}: {problem.splitlines()[0]}")
+    for name, problem in evaluator.folder.failures().items():
+        print(f"not evaluated, now in eval_results/quarantine: {name}: {problem.splitlines()[0]}")
 
 # %% ../nbs/65_cli.ipynb #b7be0c02
 def bench(argv: list[str]) -> None:
     "Measure how fast the compressed form is on this machine."
     from moe_nb.bench import BenchConfig, bench_summary, run_bench
 
-    config, = parse(argv, "bench", BenchConfig)
+    (config,) = parse(argv, "bench", BenchConfig)
     print(bench_summary(run_bench(config)))
     print("", *(str(path) for path in sorted(Path(config.output).iterdir())), sep="\n")
 
@@ -235,28 +367,56 @@ def bench(argv: list[str]) -> None:
 @dataclass(frozen=True, kw_only=True)
 class NotebookArguments:
     notebook: str = field(metadata={"help": "the notebook to run"})
-    parameters: list[str] = field(default_factory=list, metadata={"aliases": ["-p"], "action": "extend", "help": "NAME=VALUE for names of its cell of parameters"})
-    output: str | None = field(default=None, metadata={"aliases": ["-o"], "help": "notebook to write, after every cell; default runs/NAME.ipynb"})
+    parameters: list[str] = field(
+        default_factory=list,
+        metadata={
+            "aliases": ["-p"],
+            "action": "extend",
+            "help": "NAME=VALUE for names of its cell of parameters",
+        },
+    )
+    output: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["-o"],
+            "help": "notebook to write, after every cell; default runs/NAME.ipynb",
+        },
+    )
 
 
 def notebook(argv: list[str]) -> None:
     "Run a notebook with other parameters."
     from moe_nb.run_notebook import run_notebook
 
-    if argv and not argv[0].startswith("-"): argv = ["--notebook", *argv]
-    arguments, = parse(argv, "notebook", NotebookArguments)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--notebook", *argv]
+    (arguments,) = parse(argv, "notebook", NotebookArguments)
     output = Path(arguments.output or Path("runs") / Path(arguments.notebook).name)
-    try: print(run_notebook(arguments.notebook, output, arguments.parameters))
-    except RuntimeError as error: raise SystemExit(f"moe-nb: {error}") from None
+    try:
+        print(run_notebook(arguments.notebook, output, arguments.parameters))
+    except RuntimeError as error:
+        raise SystemExit(f"moe-nb: {error}") from None
 
 # %% ../nbs/65_cli.ipynb #de4d0586
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments:
-    output_dir: str = field(default="runs/demo", metadata={"help": "where the checkpoints, the table and the figure are written; an older demo there is replaced"})
-    ratio: float = field(default=.25, metadata={"help": "stored / original expert parameters"})
-    adam_steps: int = field(default=1000, metadata={"help": "steps of the plain recipe that the closed form is compared with"})
-    limit: int | None = field(default=None, metadata={"help": "first items of each lm-eval task only"})
-    ratios: list[float] = field(default_factory=lambda: [.1, .15, .5], metadata={"help": "further points of the curve"})
+    output_dir: str = field(
+        default="runs/demo",
+        metadata={
+            "help": "where the checkpoints, the table and the figure are written; an older demo there is replaced"
+        },
+    )
+    ratio: float = field(default=0.25, metadata={"help": "stored / original expert parameters"})
+    adam_steps: int = field(
+        default=1000,
+        metadata={"help": "steps of the plain recipe that the closed form is compared with"},
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "first items of each lm-eval task only"}
+    )
+    ratios: list[float] = field(
+        default_factory=lambda: [0.1, 0.15, 0.5], metadata={"help": "further points of the curve"}
+    )
 
 # %% ../nbs/65_cli.ipynb #4e0f4071
 def demo_scores(name: str, model, tokenizer, ratio: float, limit: int | None) -> dict:
@@ -265,9 +425,16 @@ def demo_scores(name: str, model, tokenizer, ratio: float, limit: int | None) ->
     from moe_nb.tiny import tiny_text
 
     start = time.time()
-    tasks = evaluate_model(model, ["tiny_next_word", "tiny_perplexity"], tokenizer=tokenizer, limit=limit)
-    row = dict(model=name, ratio=ratio, perplexity=perplexity(model, tokenizer, tiny_text("heldout")),
-               next_word_accuracy=tasks["tiny_next_word"]["acc"], bits_per_byte=tasks["tiny_perplexity"]["bits_per_byte"])
+    tasks = evaluate_model(
+        model, ["tiny_next_word", "tiny_perplexity"], tokenizer=tokenizer, limit=limit
+    )
+    row = dict(
+        model=name,
+        ratio=ratio,
+        perplexity=perplexity(model, tokenizer, tiny_text("heldout")),
+        next_word_accuracy=tasks["tiny_next_word"]["acc"],
+        bits_per_byte=tasks["tiny_perplexity"]["bits_per_byte"],
+    )
     print(f"evaluated {name} in {time.time() - start:.0f} s", flush=True)
     return row
 
@@ -288,12 +455,27 @@ def demo_points(arguments: DemoArguments, tokenizer) -> list[dict]:
     from moe_nb.tiny import load_tiny, tiny_text
 
     sequences = demo_calibration(tokenizer)
-    runs = [("weighted fit", CompressionConfig(ratio=ratio), sequences) for ratio in arguments.ratios]
-    runs += [("without calibration", CompressionConfig(ratio=arguments.ratio), None), ("plain recipe (Adam)", CompressionConfig(ratio=arguments.ratio, method="adam", steps=arguments.adam_steps), None)]
+    runs = [
+        ("weighted fit", CompressionConfig(ratio=ratio), sequences) for ratio in arguments.ratios
+    ]
+    runs += [
+        ("without calibration", CompressionConfig(ratio=arguments.ratio), None),
+        (
+            "plain recipe (Adam)",
+            CompressionConfig(ratio=arguments.ratio, method="adam", steps=arguments.adam_steps),
+            None,
+        ),
+    ]
     points = []
     for method, config, calibration in runs:
         model, statistics = compress_model(load_tiny()[0], config, calibration)
-        points.append(dict(method=method, ratio=statistics.expert_compression_ratio, perplexity=perplexity(model, tokenizer, tiny_text("heldout"))))
+        points.append(
+            dict(
+                method=method,
+                ratio=statistics.expert_compression_ratio,
+                perplexity=perplexity(model, tokenizer, tiny_text("heldout")),
+            )
+        )
     return points
 
 # %% ../nbs/65_cli.ipynb #1bd85c2c
@@ -321,36 +503,89 @@ def demo(argv: list[str]) -> None:
     from moe_nb.report import report
     from moe_nb.tiny import load_tiny, tiny_path
 
-    arguments, = parse(argv, "demo", DemoArguments)
+    (arguments,) = parse(argv, "demo", DemoArguments)
     start, folder, (original, tokenizer) = time.time(), Path(arguments.output_dir), load_tiny()
-    for name, marker in (("compressed", METADATA), ("exported", EXPORT_RECORD)): check_output(folder / name, marker)
-    compressed, statistics = compress_model(load_tiny()[0], CompressionConfig(ratio=arguments.ratio), demo_calibration(tokenizer))
+    for name, marker in (("compressed", METADATA), ("exported", EXPORT_RECORD)):
+        check_output(folder / name, marker)
+    compressed, statistics = compress_model(
+        load_tiny()[0], CompressionConfig(ratio=arguments.ratio), demo_calibration(tokenizer)
+    )
     save_compressed_model(compressed, folder / "compressed", tokenizer)
     export_to_hf_format(folder / "compressed", str(tiny_path()), folder / "exported")
-    models = {"original": (original, 1.), "compressed": (load_compressed_model(folder / "compressed"), statistics.expert_compression_ratio),
-              "exported": (AutoModelForCausalLM.from_pretrained(folder / "exported"), 1.)}
-    table = pd.DataFrame([demo_scores(name, model, tokenizer, ratio, arguments.limit) for name, (model, ratio) in models.items()])
-    points = [dict(method="weighted fit", ratio=table.ratio[1], perplexity=table.perplexity[1]), *demo_points(arguments, tokenizer)]
-    plot_frontier(points, original=table.perplexity[0], title="Embedded model, held-out text").savefig(folder / "frontier.png", dpi=150)
-    (folder / "results.json").write_text(json.dumps(dict(table=table.to_dict("records"), points=points), indent=2))
-    print("", report(folder / "compressed"), "", table.round(4).to_string(index=False), "", pd.DataFrame(points).sort_values(["method", "ratio"]).round(4).to_string(index=False), sep="\n")
-    print("", *(f"{folder / name}" for name in ("compressed", "exported", "frontier.png", "results.json")), sep="\n")
+    models = {
+        "original": (original, 1.0),
+        "compressed": (
+            load_compressed_model(folder / "compressed"),
+            statistics.expert_compression_ratio,
+        ),
+        "exported": (AutoModelForCausalLM.from_pretrained(folder / "exported"), 1.0),
+    }
+    table = pd.DataFrame(
+        [
+            demo_scores(name, model, tokenizer, ratio, arguments.limit)
+            for name, (model, ratio) in models.items()
+        ]
+    )
+    points = [
+        dict(method="weighted fit", ratio=table.ratio[1], perplexity=table.perplexity[1]),
+        *demo_points(arguments, tokenizer),
+    ]
+    plot_frontier(
+        points, original=table.perplexity[0], title="Embedded model, held-out text"
+    ).savefig(folder / "frontier.png", dpi=150)
+    (folder / "results.json").write_text(
+        json.dumps(dict(table=table.to_dict("records"), points=points), indent=2)
+    )
+    print(
+        "",
+        report(folder / "compressed"),
+        "",
+        table.round(4).to_string(index=False),
+        "",
+        pd.DataFrame(points).sort_values(["method", "ratio"]).round(4).to_string(index=False),
+        sep="\n",
+    )
+    print(
+        "",
+        *(
+            f"{folder / name}"
+            for name in ("compressed", "exported", "frontier.png", "results.json")
+        ),
+        sep="\n",
+    )
     print(NEXT_STEPS, f"\ndemo finished in {time.time() - start:.0f} s", sep="\n")
 
 # %% ../nbs/65_cli.ipynb #e2e4f5e2
-COMMANDS: dict[str, Callable] = dict(plan=plan, compress=compress, distill=distill, inspect=inspect, evaluate=evaluate, watch=watch, export=export, bench=bench, notebook=notebook, demo=demo)
-USAGE = "usage: moe-nb COMMAND [flags]\n\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()) + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
+COMMANDS: dict[str, Callable] = dict(
+    plan=plan,
+    compress=compress,
+    distill=distill,
+    inspect=inspect,
+    evaluate=evaluate,
+    watch=watch,
+    export=export,
+    bench=bench,
+    notebook=notebook,
+    demo=demo,
+)
+USAGE = (
+    "usage: moe-nb COMMAND [flags]\n\n"
+    + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items())
+    + "\n\nmoe-nb COMMAND --help lists the flags of a command; --config file.yaml gives them from a file."
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     "Entry point of `moe-nb`. An error of the user is one line on standard error and exit code 2."
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"): return print(USAGE)
+    if command in ("-h", "--help"):
+        return print(USAGE)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        if command not in COMMANDS: raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
+        if command not in COMMANDS:
+            raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
         COMMANDS[command](flags)
     except (ValueError, OSError) as error:
         print(f"moe-nb: {error}", file=sys.stderr)
@@ -358,4 +593,5 @@ def main(argv: list[str] | None = None) -> None:
 
 # %% ../nbs/65_cli.ipynb #48a86eac
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

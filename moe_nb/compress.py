@@ -81,7 +81,8 @@ def fit_model(
 def compress_model(
     model: nn.Module,  # A transformers MoE; its experts are replaced in place
     config: CompressionConfig,
-    calibration: Iterable[torch.Tensor] | None = None,  # 1-D token-id tensors that weight the fit of a ratio
+    calibration: Iterable[torch.Tensor]
+    | None = None,  # 1-D token-id tensors that weight the fit of a ratio
 ) -> tuple[nn.Module, CompressionStatistics]:
     """Compress `model`. All checks come first: when one fails, the model is as it was. Deterministic on one machine.
 
@@ -99,7 +100,9 @@ def compress_model(
     if together and config.refine_steps:
         records = record_layers(model, calibration, experts)
         step = "refining"
-    outside = stored_parameters(model) - sum(stored_parameters(module) for module in experts.values())
+    outside = stored_parameters(model) - sum(
+        stored_parameters(module) for module in experts.values()
+    )
     layers, folders = {}, layer_folders(list(experts))
     for name, original in tqdm(experts.items(), desc=step, unit="layer", leave=False):
         with torch.enable_grad():
@@ -113,4 +116,6 @@ def compress_model(
     if config.dtype:
         model.to(getattr(torch, config.dtype))
     made = compression_record(model, config, calibration, source)
-    return mark_compressed(model, compression=made, statistics=stored_statistics(statistics)), statistics
+    return mark_compressed(
+        model, compression=made, statistics=stored_statistics(statistics)
+    ), statistics

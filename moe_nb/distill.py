@@ -53,51 +53,155 @@ from moe_nb.trainer import (
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
     "How to distill. Also the flags of `moe-nb distill`."
+
     teacher_model: str = field(metadata={"help": "the original model: a directory or a hub id"})
     student_model_path: str = field(metadata={"help": "the compressed model: a directory"})
-    output_dir: str = field(metadata={"help": "where checkpoints and the result (in its folder final) are written; a run that was stopped there goes on"})
-    dataset: str = field(default="embedded", metadata={"help": "embedded (the documentation of Python), a file (.txt, .md, .jsonl, .json, .parquet) or a hub data set (name or name:configuration)"})
-    dataset_column: str = field(default="text", metadata={"help": "column of the data that holds the text"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "text to evaluate on at every checkpoint, named as the data set is"})
-    max_length: int = field(default=256, metadata={"help": "tokens of one sequence; documents are packed, nothing is padded"})
-    max_tokens: int = field(default=2**24, metadata={"help": "most tokens that are read from the data"})
-    targets: str | None = field(default=None, metadata={"help": "a directory of stored outputs of the teacher, in place of running it in the global stage; what is missing there is captured first"})
-    temperature: float = field(default=1., metadata={"help": "softens both distributions in the divergence"})
-    alpha: float = field(default=.5, metadata={"help": "weight of the divergence from the teacher; the rest is the cross-entropy of the text"})
-    block_steps: int = field(default=400, metadata={"help": "steps of the block-wise stage, per layer; 0: without it"})
-    block_tokens: int = field(default=2**18, metadata={"help": "most tokens that the block-wise stage uses"})
-    block_learning_rate: float = field(default=.04, metadata={"help": "of the block-wise stage, relative to the size of each factor"})
-    block_memory: float = field(default=2., metadata={"help": "GB for what is recorded of the teacher's layers at a time, at least one layer"})
-    train: list[str] = field(default_factory=lambda: ["experts", "all=0.25"], metadata={"help": "what the global stage trains: experts, wrappers, cores, routers, norms, all or a regular expression for names, each with =factor of the learning rate"})
-    max_steps: int = field(default=1000, metadata={"help": "steps of the global stage; 0: without it"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "of the global stage; large models want less"})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "sequences per step and process"})
+    output_dir: str = field(
+        metadata={
+            "help": "where checkpoints and the result (in its folder final) are written; a run that was stopped there goes on"
+        }
+    )
+    dataset: str = field(
+        default="embedded",
+        metadata={
+            "help": "embedded (the documentation of Python), a file (.txt, .md, .jsonl, .json, .parquet) or a hub data set (name or name:configuration)"
+        },
+    )
+    dataset_column: str = field(
+        default="text", metadata={"help": "column of the data that holds the text"}
+    )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "text to evaluate on at every checkpoint, named as the data set is"},
+    )
+    max_length: int = field(
+        default=256,
+        metadata={"help": "tokens of one sequence; documents are packed, nothing is padded"},
+    )
+    max_tokens: int = field(
+        default=2**24, metadata={"help": "most tokens that are read from the data"}
+    )
+    targets: str | None = field(
+        default=None,
+        metadata={
+            "help": "a directory of stored outputs of the teacher, in place of running it in the global stage; what is missing there is captured first"
+        },
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "softens both distributions in the divergence"}
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "weight of the divergence from the teacher; the rest is the cross-entropy of the text"
+        },
+    )
+    block_steps: int = field(
+        default=400, metadata={"help": "steps of the block-wise stage, per layer; 0: without it"}
+    )
+    block_tokens: int = field(
+        default=2**18, metadata={"help": "most tokens that the block-wise stage uses"}
+    )
+    block_learning_rate: float = field(
+        default=0.04,
+        metadata={"help": "of the block-wise stage, relative to the size of each factor"},
+    )
+    block_memory: float = field(
+        default=2.0,
+        metadata={
+            "help": "GB for what is recorded of the teacher's layers at a time, at least one layer"
+        },
+    )
+    train: list[str] = field(
+        default_factory=lambda: ["experts", "all=0.25"],
+        metadata={
+            "help": "what the global stage trains: experts, wrappers, cores, routers, norms, all or a regular expression for names, each with =factor of the learning rate"
+        },
+    )
+    max_steps: int = field(
+        default=1000, metadata={"help": "steps of the global stage; 0: without it"}
+    )
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "of the global stage; large models want less"}
+    )
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "sequences per step and process"}
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per step"})
-    warmup_steps: float = field(default=.05, metadata={"help": "steps, or below 1 share of the steps, until the learning rate is reached"})
-    save_steps: int = field(default=500, metadata={"help": "steps between checkpoints; the last step is always saved"})
+    warmup_steps: float = field(
+        default=0.05,
+        metadata={
+            "help": "steps, or below 1 share of the steps, until the learning rate is reached"
+        },
+    )
+    save_steps: int = field(
+        default=500, metadata={"help": "steps between checkpoints; the last step is always saved"}
+    )
     save_total_limit: int | None = field(default=3, metadata={"help": "checkpoints that are kept"})
     logging_steps: int = field(default=10, metadata={"help": "steps between lines of the log"})
-    report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, ..., where installed"})
-    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16, the weights stay in --dtype"})
-    dtype: str = field(default="float32", metadata={"help": "data type of the weights while training: float32 or bfloat16; the result has that of the student"})
+    report_to: str = field(
+        default="none", metadata={"help": "wandb, tensorboard, ..., where installed"}
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "compute in bfloat16, the weights stay in --dtype"}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "data type of the weights while training: float32 or bfloat16; the result has that of the student"
+        },
+    )
     seed: int = field(default=0, metadata={"help": "of the order of the data"})
-    teacher_device_map: str | None = field(default=None, metadata={"help": "auto: spread the teacher over all visible GPUs; default: where the student is"})
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "hold the teacher in 8 bits (bitsandbytes)"})
-    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "hold the teacher in 4 bits (bitsandbytes)"})
-    training_args: dict | str | None = field(default=None, metadata={"help": "further settings of transformers' TrainingArguments: a YAML file, or YAML text such as '{optim: adafactor}'"})
+    teacher_device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: spread the teacher over all visible GPUs; default: where the student is"
+        },
+    )
+    teacher_load_in_8bit: bool = field(
+        default=False, metadata={"help": "hold the teacher in 8 bits (bitsandbytes)"}
+    )
+    teacher_load_in_4bit: bool = field(
+        default=False, metadata={"help": "hold the teacher in 4 bits (bitsandbytes)"}
+    )
+    training_args: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "further settings of transformers' TrainingArguments: a YAML file, or YAML text such as '{optim: adafactor}'"
+        },
+    )
 
     def __post_init__(self):
         check_mixture(self.temperature, self.alpha)
-        least = dict(max_length=2, max_tokens=1, block_steps=0, block_tokens=2, max_steps=0, per_device_train_batch_size=1, gradient_accumulation_steps=1, save_steps=1, logging_steps=1)
+        least = dict(
+            max_length=2,
+            max_tokens=1,
+            block_steps=0,
+            block_tokens=2,
+            max_steps=0,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            save_steps=1,
+            logging_steps=1,
+        )
         for name, lowest in least.items():
-            if getattr(self, name) < lowest: raise ValueError(f"{name} must be at least {lowest}; got {getattr(self, name)}")
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}; got {getattr(self, name)}")
         for name in ("learning_rate", "block_learning_rate", "block_memory"):
-            if not getattr(self, name) > 0: raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
-        if not self.block_steps + self.max_steps: raise ValueError("nothing to do: block_steps and max_steps are both 0")
-        if self.dtype not in ("float32", "bfloat16"): raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
-        if self.teacher_load_in_4bit and self.teacher_load_in_8bit: raise ValueError("choose one of teacher_load_in_4bit and teacher_load_in_8bit")
-        if (self.teacher_load_in_4bit or self.teacher_load_in_8bit) and not is_bitsandbytes_available():
-            raise ValueError(f"teacher_load_in_{4 if self.teacher_load_in_4bit else 8}bit needs bitsandbytes and a GPU it supports: pip install bitsandbytes")
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+        if not self.block_steps + self.max_steps:
+            raise ValueError("nothing to do: block_steps and max_steps are both 0")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
+        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
+            raise ValueError("choose one of teacher_load_in_4bit and teacher_load_in_8bit")
+        if (
+            self.teacher_load_in_4bit or self.teacher_load_in_8bit
+        ) and not is_bitsandbytes_available():
+            raise ValueError(
+                f"teacher_load_in_{4 if self.teacher_load_in_4bit else 8}bit needs bitsandbytes and a GPU it supports: pip install bitsandbytes"
+            )
         factors(self.train), training_arguments_of(self)
 
 # %% ../nbs/44_distill.ipynb #b8b1a74f
@@ -107,69 +211,147 @@ def factors(train: list[str]) -> dict[str, float]:
     >>> factors(["wrappers", "norms=0.1"])
     {'wrappers': 1.0, 'norms': 0.1}
     """
-    parts = [(kind, number) if equals else (number, "1") for kind, equals, number in (entry.rpartition("=") for entry in train)]
-    try: return {kind: float(number) for kind, number in parts}
-    except ValueError: raise ValueError(f"train: expected NAME or NAME=factor; got {train}") from None
+    parts = [
+        (kind, number) if equals else (number, "1")
+        for kind, equals, number in (entry.rpartition("=") for entry in train)
+    ]
+    try:
+        return {kind: float(number) for kind, number in parts}
+    except ValueError:
+        raise ValueError(f"train: expected NAME or NAME=factor; got {train}") from None
 
 
 def training_arguments_of(config: DistillationConfig) -> dict:
     "The settings of the Trainer that `config.training_args` holds, checked."
     given = config.training_args or {}
-    if isinstance(given, str): given = yaml.safe_load(Path(given).read_text() if Path(given).is_file() else given)
-    if not isinstance(given, dict): raise ValueError(f"training_args: expected a mapping of names to values, or a YAML file; got {config.training_args!r}")
-    doubled, unknown = given.keys() & {f.name for f in fields(config)}, given.keys() - {f.name for f in fields(TrainingArguments)}
-    if doubled: raise ValueError(f"training_args: {', '.join(sorted(doubled))} has a field or flag of its own")
-    if unknown: raise ValueError(f"training_args: transformers' TrainingArguments has no {', '.join(sorted(unknown))}")
+    if isinstance(given, str):
+        given = yaml.safe_load(Path(given).read_text() if Path(given).is_file() else given)
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"training_args: expected a mapping of names to values, or a YAML file; got {config.training_args!r}"
+        )
+    doubled, unknown = (
+        given.keys() & {f.name for f in fields(config)},
+        given.keys() - {f.name for f in fields(TrainingArguments)},
+    )
+    if doubled:
+        raise ValueError(
+            f"training_args: {', '.join(sorted(doubled))} has a field or flag of its own"
+        )
+    if unknown:
+        raise ValueError(
+            f"training_args: transformers' TrainingArguments has no {', '.join(sorted(unknown))}"
+        )
     return given
 
 # %% ../nbs/44_distill.ipynb #be193f23
 def training_arguments(config: DistillationConfig) -> TrainingArguments:
     "What the Trainer is told: the fields that it names too, what we set for it, and `config.training_args`."
-    common = {f.name: getattr(config, f.name) for f in fields(config) if f.name in {known.name for known in fields(TrainingArguments)}}
-    ours = dict(lr_scheduler_type="cosine", adam_beta2=.99, prediction_loss_only=True, ddp_find_unused_parameters=True, ddp_broadcast_buffers=False)
-    if config.eval_dataset: ours |= dict(eval_strategy="steps", eval_steps=config.save_steps, per_device_eval_batch_size=config.per_device_train_batch_size)
+    common = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name in {known.name for known in fields(TrainingArguments)}
+    }
+    ours = dict(
+        lr_scheduler_type="cosine",
+        adam_beta2=0.99,
+        prediction_loss_only=True,
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,
+    )
+    if config.eval_dataset:
+        ours |= dict(
+            eval_strategy="steps",
+            eval_steps=config.save_steps,
+            per_device_eval_batch_size=config.per_device_train_batch_size,
+        )
     return TrainingArguments(**{**ours, **common, **training_arguments_of(config)})
 
 # %% ../nbs/44_distill.ipynb #980279fd
-def sequences_of(source: str, tokenizer, config: DistillationConfig, split: str = "train") -> list[torch.Tensor]:
+def sequences_of(
+    source: str, tokenizer, config: DistillationConfig, split: str = "train"
+) -> list[torch.Tensor]:
     "Token sequences of `source`: embedded (its `split`), a file or a hub data set."
     texts = tiny_text(split) if source == "embedded" else read_texts(source, config.dataset_column)
-    try: return token_sequences(tokenizer, texts, length=config.max_length, limit=max(1, config.max_tokens // config.max_length))
-    except ValueError as error: raise ValueError(f"{source}: {error}" if source not in str(error) else str(error)) from None
+    try:
+        return token_sequences(
+            tokenizer,
+            texts,
+            length=config.max_length,
+            limit=max(1, config.max_tokens // config.max_length),
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source not in str(error) else str(error)) from None
 
 
-def as_rows(sequences: list[torch.Tensor]) -> list[dict]: return [dict(input_ids=ids, labels=ids) for ids in sequences]
+def as_rows(sequences: list[torch.Tensor]) -> list[dict]:
+    return [dict(input_ids=ids, labels=ids) for ids in sequences]
 
 # %% ../nbs/44_distill.ipynb #ff4d4d23
-def passes(names: list[str],  # Experts modules to record
-           teacher: nn.Module,
-           tokens: int,
-           memory: float  # GB
-          ) -> list[list[str]]:
+def passes(
+    names: list[str],  # Experts modules to record
+    teacher: nn.Module,
+    tokens: int,
+    memory: float,  # GB
+) -> list[list[str]]:
     "`names` in groups whose records fit into `memory` together."
     config = teacher.config.get_text_config()
-    layer = tokens * (2 * config.hidden_size * teacher.dtype.itemsize + experts_per_token(teacher) * (8 + teacher.dtype.itemsize))
+    layer = tokens * (
+        2 * config.hidden_size * teacher.dtype.itemsize
+        + experts_per_token(teacher) * (8 + teacher.dtype.itemsize)
+    )
     size = max(1, int(memory * 1e9 / layer))
-    return [names[start:start + size] for start in range(0, len(names), size)]
+    return [names[start : start + size] for start in range(0, len(names), size)]
 
 # %% ../nbs/44_distill.ipynb #002df964
-def fit_layers(student: nn.Module, teacher: nn.Module, sequences: list[torch.Tensor], names: list[str], folder: Path, config: DistillationConfig) -> None:
+def fit_layers(
+    student: nn.Module,
+    teacher: nn.Module,
+    sequences: list[torch.Tensor],
+    names: list[str],
+    folder: Path,
+    config: DistillationConfig,
+) -> None:
     "Fit the experts modules `names` of `student` to the teacher's outputs; one file each in `folder`. Those that have one are done."
-    files = {name: folder / f"{layer}.safetensors" for name, layer in layer_folders(list(compressed_experts(student))).items()}
-    chosen = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))[:max(1, config.block_tokens // config.max_length)]
+    files = {
+        name: folder / f"{layer}.safetensors"
+        for name, layer in layer_folders(list(compressed_experts(student))).items()
+    }
+    chosen = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))[
+        : max(1, config.block_tokens // config.max_length)
+    ]
     text = [sequences[i] for i in chosen]
-    for group in passes([name for name in names if not files[name].is_file()], teacher, len(text) * config.max_length, config.block_memory):
+    for group in passes(
+        [name for name in names if not files[name].is_file()],
+        teacher,
+        len(text) * config.max_length,
+        config.block_memory,
+    ):
         records = record_layers(teacher, text, group)
         for name in tqdm(group, desc="block-wise", unit="layer", leave=False):
             record, layer = records.pop(name), student.get_submodule(name)
             device, dtype = student.device, student.dtype
-            errors = refine_experts(layer.to(record.inputs_Td.device, torch.float32), record, steps=config.block_steps, lr=config.block_learning_rate, seed=config.seed)
+            errors = refine_experts(
+                layer.to(record.inputs_Td.device, torch.float32),
+                record,
+                steps=config.block_steps,
+                lr=config.block_learning_rate,
+                seed=config.seed,
+            )
             unfinished = files[name].with_name(f".{files[name].name}")
-            write_tensors(unfinished, {**layer.to(device, dtype).state_dict(), "errors": torch.tensor(errors)})
+            write_tensors(
+                unfinished, {**layer.to(device, dtype).state_dict(), "errors": torch.tensor(errors)}
+            )
             os.replace(unfinished, files[name])
 
 
-def distill_blocks(student: nn.Module, teacher: nn.Module, sequences: list[torch.Tensor], folder: Path, config: DistillationConfig) -> dict[str, tuple[float, float]]:
+def distill_blocks(
+    student: nn.Module,
+    teacher: nn.Module,
+    sequences: list[torch.Tensor],
+    folder: Path,
+    config: DistillationConfig,
+) -> dict[str, tuple[float, float]]:
     "The block-wise stage, over all processes; relative output error of every layer on text it was not fitted to, before and after."
     state, names, errors = PartialState(), list(compressed_experts(student)), {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,32 +370,54 @@ RUN = "distillation_config.json"
 def identity(config: DistillationConfig) -> dict:
     "What makes two runs the same."
     student = Path(config.student_model_path) / METADATA
-    values = {name: value for name, value in asdict(config).items() if name not in ("output_dir", "report_to", "logging_steps")}
-    return json.loads(json.dumps({**values, "student_sha256": sha256(student) if student.is_file() else None}))
+    values = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("output_dir", "report_to", "logging_steps")
+    }
+    return json.loads(
+        json.dumps({**values, "student_sha256": sha256(student) if student.is_file() else None})
+    )
 
 
 def check_run(config: DistillationConfig) -> None:
     "Raise unless `output_dir` is free or holds this very run."
     check_output(Path(config.output_dir), RUN)
     record = Path(config.output_dir) / RUN
-    if not record.is_file(): return
+    if not record.is_file():
+        return
     theirs, ours = json.loads(record.read_text()), identity(config)
-    differ = [f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]
-    if differ: raise ValueError(f"{config.output_dir} holds another run: {'; '.join(differ)}. Choose another output_dir, or delete that one")
+    differ = [
+        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in sorted(theirs | ours)
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{config.output_dir} holds another run: {'; '.join(differ)}. Choose another output_dir, or delete that one"
+        )
 
 
 def claim_run(config: DistillationConfig) -> None:
     "Let `output_dir` begin with the configuration, if it is free."
-    if (Path(config.output_dir) / RUN).is_file(): return
-    with atomic_directory(config.output_dir, RUN) as folder: (folder / RUN).write_text(json.dumps(identity(config), indent=2))
+    if (Path(config.output_dir) / RUN).is_file():
+        return
+    with atomic_directory(config.output_dir, RUN) as folder:
+        (folder / RUN).write_text(json.dumps(identity(config), indent=2))
 
 # %% ../nbs/44_distill.ipynb #9631bff3
 def load_student(config: DistillationConfig) -> nn.Module:
     "The student in the data type of the training; a model that is not compressed draws a warning."
-    if not Path(config.student_model_path).is_dir(): raise ValueError(f"{config.student_model_path}: no such directory; expected a compressed model, written by moe-nb compress")
+    if not Path(config.student_model_path).is_dir():
+        raise ValueError(
+            f"{config.student_model_path}: no such directory; expected a compressed model, written by moe-nb compress"
+        )
     student = stored_model(config.student_model_path).to(getattr(torch, config.dtype))
     if not compressed_experts(student):
-        logging.getLogger(__name__).warning("%s is not compressed: the block-wise stage has nothing to do, and checkpoints are plain Hugging Face ones", config.student_model_path)
+        logging.getLogger(__name__).warning(
+            "%s is not compressed: the block-wise stage has nothing to do, and checkpoints are plain Hugging Face ones",
+            config.student_model_path,
+        )
     check_max_length(student, config.max_length)
     return student
 
@@ -221,38 +425,91 @@ def load_student(config: DistillationConfig) -> nn.Module:
 def load_teacher(config: DistillationConfig, device: torch.device) -> nn.Module:
     "The teacher, in the data type of the training unless it is to be quantized."
     quantized = config.teacher_load_in_4bit or config.teacher_load_in_8bit
-    options = dict(quantization_config=BitsAndBytesConfig(load_in_4bit=config.teacher_load_in_4bit, load_in_8bit=config.teacher_load_in_8bit)) if quantized else {}
-    if quantized or config.teacher_device_map: options["device_map"] = config.teacher_device_map or {"": device}
-    return AutoModelForCausalLM.from_pretrained(config.teacher_model, dtype=getattr(torch, config.dtype), **options).eval()
+    options = (
+        dict(
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=config.teacher_load_in_4bit, load_in_8bit=config.teacher_load_in_8bit
+            )
+        )
+        if quantized
+        else {}
+    )
+    if quantized or config.teacher_device_map:
+        options["device_map"] = config.teacher_device_map or {"": device}
+    return AutoModelForCausalLM.from_pretrained(
+        config.teacher_model, dtype=getattr(torch, config.dtype), **options
+    ).eval()
 
 # %% ../nbs/44_distill.ipynb #1e3cb0e1
 def known_teacher(config: DistillationConfig, student: nn.Module) -> str | None:
     "Fingerprint of the teacher where it need not be loaded for it, because `student` was made of it."
-    if not compressed_experts(student) or config.teacher_load_in_4bit or config.teacher_load_in_8bit: return None
+    if (
+        not compressed_experts(student)
+        or config.teacher_load_in_4bit
+        or config.teacher_load_in_8bit
+    ):
+        return None
     source = student.config.quantization_config.compression["source"]
     return source["fingerprint"] if source["model"] == config.teacher_model else None
 
 # %% ../nbs/44_distill.ipynb #7937cdf3
-def targets_of(config: DistillationConfig, student: nn.Module, teacher: str | None) -> OfflineTargets | None:
+def targets_of(
+    config: DistillationConfig, student: nn.Module, teacher: str | None
+) -> OfflineTargets | None:
     "The targets in `config.targets`, checked against the fingerprint `teacher` if there is one; None where there are none yet."
-    if not config.targets or not (Path(config.targets) / INDEX).is_file(): return None
-    return OfflineTargets(config.targets, teacher=teacher, vocabulary=student.config.get_text_config().vocab_size, temperature=config.temperature)
+    if not config.targets or not (Path(config.targets) / INDEX).is_file():
+        return None
+    return OfflineTargets(
+        config.targets,
+        teacher=teacher,
+        vocabulary=student.config.get_text_config().vocab_size,
+        temperature=config.temperature,
+    )
 
 # %% ../nbs/44_distill.ipynb #9f6ad6ed
-def complete_targets(config: DistillationConfig, student: nn.Module, teacher: nn.Module | None, sequences: list[torch.Tensor]) -> OfflineTargets | None:
+def complete_targets(
+    config: DistillationConfig,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    sequences: list[torch.Tensor],
+) -> OfflineTargets | None:
     "The targets of all `sequences`; with a `teacher` the first process captures those that are missing. None where the configuration asks for none."
     state = PartialState()
-    if config.targets and teacher is not None and state.is_main_process: capture_targets(teacher, sequences, config.targets, temperature=config.temperature)
+    if config.targets and teacher is not None and state.is_main_process:
+        capture_targets(teacher, sequences, config.targets, temperature=config.temperature)
     state.wait_for_everyone()
     return targets_of(config, student, known_teacher(config, student))
 
 # %% ../nbs/44_distill.ipynb #275bc848
-def global_stage(student: nn.Module, teacher: nn.Module | None, targets: OfflineTargets | None, sequences: list[torch.Tensor], tokenizer, config: DistillationConfig, callbacks: Sequence[TrainerCallback] = ()) -> DistillationTrainer:
+def global_stage(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    targets: OfflineTargets | None,
+    sequences: list[torch.Tensor],
+    tokenizer,
+    config: DistillationConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> DistillationTrainer:
     "Train all of `student`, towards `targets` or else `teacher`; a run that was stopped goes on from its newest complete checkpoint."
-    evaluation = as_rows(sequences_of(config.eval_dataset, tokenizer, config, split="calibration")) if config.eval_dataset else None
-    trainer = DistillationTrainer(student, teacher if config.alpha and targets is None else None, targets=targets, temperature=config.temperature, alpha=config.alpha,
-                                  train=factors(config.train), args=training_arguments(config), train_dataset=as_rows(sequences), eval_dataset=evaluation, data_collator=default_data_collator,
-                                  processing_class=tokenizer, callbacks=[CompressedModelSaveCallback(), *callbacks])
+    evaluation = (
+        as_rows(sequences_of(config.eval_dataset, tokenizer, config, split="calibration"))
+        if config.eval_dataset
+        else None
+    )
+    trainer = DistillationTrainer(
+        student,
+        teacher if config.alpha and targets is None else None,
+        targets=targets,
+        temperature=config.temperature,
+        alpha=config.alpha,
+        train=factors(config.train),
+        args=training_arguments(config),
+        train_dataset=as_rows(sequences),
+        eval_dataset=evaluation,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        callbacks=[CompressedModelSaveCallback(), *callbacks],
+    )
     trainer.train(resume_from_checkpoint=True)
     return trainer
 
@@ -266,38 +523,72 @@ def result_checkpoint(trainer: DistillationTrainer) -> Path:
 def write_result(model: nn.Module, config: DistillationConfig, tokenizer) -> None:
     "Write `model` as the result of the run, in the data type of the student's directory, with the record of how it was made."
     stored = AutoConfig.from_pretrained(config.student_model_path).dtype
-    if stored is not None: model.to(stored)
+    if stored is not None:
+        model.to(stored)
     final = Path(config.output_dir) / "final"
     if compressed_experts(model):
         model.config.quantization_config.compression["distillation"] = identity(config)
         return save_compressed_model(model, final, tokenizer)
-    with atomic_directory(final, "config.json") as folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+    with atomic_directory(final, "config.json") as folder:
+        model.save_pretrained(folder), tokenizer.save_pretrained(folder)
 
 # %% ../nbs/44_distill.ipynb #d1ee6350
-def distill(config: DistillationConfig,
-            callbacks: Sequence[TrainerCallback] = ()  # Of the global stage, beside the one that publishes every checkpoint
-           ) -> Path:
+def distill(
+    config: DistillationConfig,
+    callbacks: Sequence[
+        TrainerCallback
+    ] = (),  # Of the global stage, beside the one that publishes every checkpoint
+) -> Path:
     "Run the stages that `config` asks for, or what is left of them; the directory of the complete result."
     check_run(config)
     arguments, state, output = training_arguments(config), PartialState(), Path(config.output_dir)
-    student, tokenizer = load_student(config), find_tokenizer(config.student_model_path, config.teacher_model)
+    student, tokenizer = (
+        load_student(config),
+        find_tokenizer(config.student_model_path, config.teacher_model),
+    )
     learning_rate_factors(student, factors(config.train))
-    if (output / "final").is_dir(): return output / "final"
+    if (output / "final").is_dir():
+        return output / "final"
     sequences = sequences_of(config.dataset, tokenizer, config)
-    blockwise, divergence = config.block_steps and compressed_experts(student), config.max_steps and config.alpha
+    blockwise, divergence = (
+        config.block_steps and compressed_experts(student),
+        config.max_steps and config.alpha,
+    )
     known = known_teacher(config, student)
     stored = targets_of(config, student, known) if divergence else None
-    asked = divergence and (stored is None or known is None or any(ids_L not in stored for ids_L in sequences))  # whether the global stage needs the teacher
+    asked = divergence and (
+        stored is None or known is None or any(ids_L not in stored for ids_L in sequences)
+    )  # whether the global stage needs the teacher
     teacher = load_teacher(config, arguments.device) if blockwise or asked else None
-    if teacher is not None: check_vocabulary(student, teacher, tokenizer, find_tokenizer(config.teacher_model, None)), targets_of(config, student, fingerprint(teacher))
+    if teacher is not None:
+        (
+            check_vocabulary(
+                student, teacher, tokenizer, find_tokenizer(config.teacher_model, None)
+            ),
+            targets_of(config, student, fingerprint(teacher)),
+        )
     state.wait_for_everyone()
-    if state.is_main_process: claim_run(config)
+    if state.is_main_process:
+        claim_run(config)
     for model in (student.to(arguments.device), teacher):
-        if model is not None and not hasattr(model, "hf_device_map"): model.to(arguments.device)
-    if blockwise: distill_blocks(student, teacher, sequences, output / "blocks", config)
-    targets = complete_targets(config, student, teacher if asked else None, sequences) if divergence else None
-    if targets is not None: teacher = None
-    if config.max_steps: trainer = global_stage(student, teacher, targets, sequences, tokenizer, config, callbacks)
-    if state.is_main_process: write_result(stored_model(result_checkpoint(trainer)) if config.max_steps else student, config, tokenizer)
+        if model is not None and not hasattr(model, "hf_device_map"):
+            model.to(arguments.device)
+    if blockwise:
+        distill_blocks(student, teacher, sequences, output / "blocks", config)
+    targets = (
+        complete_targets(config, student, teacher if asked else None, sequences)
+        if divergence
+        else None
+    )
+    if targets is not None:
+        teacher = None
+    if config.max_steps:
+        trainer = global_stage(student, teacher, targets, sequences, tokenizer, config, callbacks)
+    if state.is_main_process:
+        write_result(
+            stored_model(result_checkpoint(trainer)) if config.max_steps else student,
+            config,
+            tokenizer,
+        )
     state.wait_for_everyone()
     return output / "final"

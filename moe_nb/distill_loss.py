@@ -16,22 +16,36 @@ from torch.distributed.tensor import DTensor, Partial
 # %% ../nbs/40_distill_loss.ipynb #3b29f213
 class OutputHead(NamedTuple):
     "Logits `softcap * tanh(scale (h W^T + b) / softcap)`, without a soft cap `scale (h W^T + b)`."
+
     weight_Vd: torch.Tensor
     bias_V: torch.Tensor | None = None
-    scale: float = 1.
+    scale: float = 1.0
     softcap: float | None = None
 
     def to(self, device: torch.device) -> "OutputHead":
         "A copy on `device`, cut off from the gradient."
-        return self._replace(weight_Vd=self.weight_Vd.detach().to(device), bias_V=None if self.bias_V is None else self.bias_V.detach().to(device))
+        return self._replace(
+            weight_Vd=self.weight_Vd.detach().to(device),
+            bias_V=None if self.bias_V is None else self.bias_V.detach().to(device),
+        )
 
 # %% ../nbs/40_distill_loss.ipynb #27b8746e
 def output_head(model: nn.Module) -> OutputHead:
     "The head of a causal language model, with the tensors of the model itself."
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    if head is None: raise ValueError(f"{type(model).__name__} has no output head; expected a causal language model")
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    return OutputHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output head; expected a causal language model"
+        )
+    scale = getattr(config, "logit_scale", None) or 1 / (
+        getattr(config, "logits_scaling", None) or 1
+    )
+    return OutputHead(
+        head.weight,
+        getattr(head, "bias", None),
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+    )
 
 # %% ../nbs/40_distill_loss.ipynb #672aad3d
 @torch.no_grad()
@@ -39,65 +53,99 @@ def check_head(model: nn.Module) -> None:
     "Raise `ValueError` if the logits of `model` are not its head applied to its final hidden states."
     ids = torch.arange(1, 9, device=model.device)[None]
     head, expected = output_head(model), model(ids, use_cache=False).logits.float()
-    hidden_Td = model.base_model(ids, use_cache=False).last_hidden_state[0].to(head.weight_Vd.device)
-    error = (logits(hidden_Td, head) - expected[0].to(hidden_Td.device)).abs().max() / expected.abs().max().clamp_min(1e-30).to(hidden_Td.device)
-    if error > 2e-2: raise ValueError(f"{type(model).__name__} computes its logits in a way that the distillation loss does not know (relative difference {error:.1e}); expected a product with the output embeddings, a bias, logit_scale, logits_scaling or final_logit_softcapping")
+    hidden_Td = (
+        model.base_model(ids, use_cache=False).last_hidden_state[0].to(head.weight_Vd.device)
+    )
+    error = (
+        logits(hidden_Td, head) - expected[0].to(hidden_Td.device)
+    ).abs().max() / expected.abs().max().clamp_min(1e-30).to(hidden_Td.device)
+    if error > 2e-2:
+        raise ValueError(
+            f"{type(model).__name__} computes its logits in a way that the distillation loss does not know (relative difference {error:.1e}); expected a product with the output embeddings, a bias, logit_scale, logits_scaling or final_logit_softcapping"
+        )
 
 # %% ../nbs/40_distill_loss.ipynb #2a733e6e
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "`a b` with the result in fp32, whatever the inputs and under autocast too."
     with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype == b.dtype != torch.float32: return torch.mm(a, b, out_dtype=torch.float32)
+        if a.is_cuda and a.dtype == b.dtype != torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
         return a.float() @ b.float()
 
 # %% ../nbs/40_distill_loss.ipynb #55b91b1d
 def logits(hidden_Td: torch.Tensor, head: OutputHead) -> torch.Tensor:
     "Logits `[T, V]` in fp32."
     z_TV = product(hidden_Td, head.weight_Vd.T)
-    if head.bias_V is not None: z_TV += head.bias_V.float()
-    if head.scale != 1: z_TV *= head.scale
+    if head.bias_V is not None:
+        z_TV += head.bias_V.float()
+    if head.scale != 1:
+        z_TV *= head.scale
     return z_TV if head.softcap is None else z_TV.div_(head.softcap).tanh_().mul_(head.softcap)
 
 # %% ../nbs/40_distill_loss.ipynb #7c9022f2
 class SparseTargets(NamedTuple):
     "Estimate of the teacher's distribution at every predicted token: KL = `entropy_T - sum_n weights_Tn log q(ids_Tn)`."
+
     ids_Tn: torch.Tensor
     weights_Tn: torch.Tensor
     entropy_T: torch.Tensor
 
 # %% ../nbs/40_distill_loss.ipynb #a2b8c15b
-def divergence(logq_TV: torch.Tensor, targets, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | float]:
+def divergence(
+    logq_TV: torch.Tensor, targets, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | float]:
     "KL summed over the tokens, the teacher's distribution where it is dense, and how much of it there is per token (1 but for `SparseTargets`)."
-    if targets is None: return logq_TV.new_zeros(()), None, 0.
+    if targets is None:
+        return logq_TV.new_zeros(()), None, 0.0
     if isinstance(targets, SparseTargets):
-        kl = targets.entropy_T.sum() - (targets.weights_Tn * logq_TV.gather(1, targets.ids_Tn)).sum()
+        kl = (
+            targets.entropy_T.sum() - (targets.weights_Tn * logq_TV.gather(1, targets.ids_Tn)).sum()
+        )
         return kl, None, targets.weights_Tn.sum(1, keepdim=True)
     logp_TV = logits(*targets).div_(temperature)
     logp_TV -= logp_TV.logsumexp(1, keepdim=True)
     p_TV = logp_TV.exp()
-    return logp_TV.sub_(logq_TV).mul_(p_TV).sum(), p_TV, 1.
+    return logp_TV.sub_(logq_TV).mul_(p_TV).sum(), p_TV, 1.0
 
 # %% ../nbs/40_distill_loss.ipynb #8c5cd239
-def chunk_loss(hidden_Td: torch.Tensor, head: OutputHead, labels_T: torch.Tensor, targets, temperature: float, alpha: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def chunk_loss(
+    hidden_Td: torch.Tensor,
+    head: OutputHead,
+    labels_T: torch.Tensor,
+    targets,
+    temperature: float,
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "KL and cross-entropy, summed over the tokens, and the gradient `[T, V]` of their mix with respect to `scale (h W^T + b)`."
-    z_TV, at, one = logits(hidden_Td, head), labels_T[:, None], temperature == 1 or targets is None  # one softmax for both parts
-    slope_TV = None if head.softcap is None else 1 - (z_TV / head.softcap)**2
+    z_TV, at, one = (
+        logits(hidden_Td, head),
+        labels_T[:, None],
+        temperature == 1 or targets is None,
+    )  # one softmax for both parts
+    slope_TV = None if head.softcap is None else 1 - (z_TV / head.softcap) ** 2
     soft_TV = z_TV if one else z_TV / temperature
     z_TV -= z_TV.logsumexp(1, keepdim=True)
-    if not one: soft_TV -= soft_TV.logsumexp(1, keepdim=True)
+    if not one:
+        soft_TV -= soft_TV.logsumexp(1, keepdim=True)
     ce, (kl, p_TV, mass) = -z_TV.gather(1, at).sum(), divergence(soft_TV, targets, temperature)
     dz_TV = soft_TV.exp_().mul_(alpha * temperature * mass + (1 - alpha) * one)
-    if p_TV is not None: dz_TV.sub_(p_TV, alpha=alpha * temperature)
-    if isinstance(targets, SparseTargets): dz_TV.scatter_add_(1, targets.ids_Tn, targets.weights_Tn * (-alpha * temperature))
-    if not one and alpha < 1: dz_TV.add_(z_TV.exp_(), alpha=1 - alpha)
-    if alpha < 1: dz_TV.scatter_add_(1, at, dz_TV.new_full(at.shape, alpha - 1))
+    if p_TV is not None:
+        dz_TV.sub_(p_TV, alpha=alpha * temperature)
+    if isinstance(targets, SparseTargets):
+        dz_TV.scatter_add_(1, targets.ids_Tn, targets.weights_Tn * (-alpha * temperature))
+    if not one and alpha < 1:
+        dz_TV.add_(z_TV.exp_(), alpha=1 - alpha)
+    if alpha < 1:
+        dz_TV.scatter_add_(1, at, dz_TV.new_full(at.shape, alpha - 1))
     return kl, ce, dz_TV if slope_TV is None else dz_TV.mul_(slope_TV)
 
 # %% ../nbs/40_distill_loss.ipynb #209612ae
 def rows(targets, start: int, stop: int):
     "The targets of some of the tokens."
-    if targets is None: return None
-    if isinstance(targets, SparseTargets): return SparseTargets(*(part[start:stop] for part in targets))
+    if targets is None:
+        return None
+    if isinstance(targets, SparseTargets):
+        return SparseTargets(*(part[start:stop] for part in targets))
     return targets[0][start:stop], targets[1]
 
 # %% ../nbs/40_distill_loss.ipynb #d0a8f0e8
@@ -110,34 +158,80 @@ class ChunkedLoss(torch.autograd.Function):
     "Sums of the loss over the tokens; the gradients are computed in the forward pass."
 
     @staticmethod
-    def forward(ctx, hidden_Td, weight_Vd, bias_V, head, labels_T, targets, temperature, alpha, chunk, needed):
-        head, ctx.dtypes = head._replace(weight_Vd=weight_Vd, bias_V=bias_V), [tensor if tensor is None else tensor.dtype for tensor in (hidden_Td, weight_Vd, bias_V)]
-        sums, narrow = torch.zeros(2, device=hidden_Td.device), weight_Vd.is_cuda and weight_Vd.dtype == torch.bfloat16  # not fp16: most of dz is below its range
-        dh_Td, dW_Vd, db_V = ctx.gradients = [torch.zeros_like(tensor, dtype=torch.float32) if need else None for tensor, need in zip((hidden_Td, weight_Vd, bias_V), needed)]
+    def forward(
+        ctx,
+        hidden_Td,
+        weight_Vd,
+        bias_V,
+        head,
+        labels_T,
+        targets,
+        temperature,
+        alpha,
+        chunk,
+        needed,
+    ):
+        head, ctx.dtypes = (
+            head._replace(weight_Vd=weight_Vd, bias_V=bias_V),
+            [
+                tensor if tensor is None else tensor.dtype
+                for tensor in (hidden_Td, weight_Vd, bias_V)
+            ],
+        )
+        sums, narrow = (
+            torch.zeros(2, device=hidden_Td.device),
+            weight_Vd.is_cuda and weight_Vd.dtype == torch.bfloat16,
+        )  # not fp16: most of dz is below its range
+        dh_Td, dW_Vd, db_V = ctx.gradients = [
+            torch.zeros_like(tensor, dtype=torch.float32) if need else None
+            for tensor, need in zip((hidden_Td, weight_Vd, bias_V), needed)
+        ]
         for start in range(0, len(hidden_Td), chunk):
-            h_Td, stop = hidden_Td[start:start + chunk], start + chunk
-            kl, ce, dz_TV = chunk_loss(h_Td, head, labels_T[start:stop], rows(targets, start, stop), temperature, alpha)
+            h_Td, stop = hidden_Td[start : start + chunk], start + chunk
+            kl, ce, dz_TV = chunk_loss(
+                h_Td, head, labels_T[start:stop], rows(targets, start, stop), temperature, alpha
+            )
             sums += torch.stack([kl, ce])
             dz_TV = dz_TV.mul_(head.scale)
-            if needed[2]: db_V += dz_TV.sum(0)
-            if narrow: dz_TV = dz_TV.bfloat16()
-            if needed[0]: dh_Td[start:stop] = product(dz_TV, weight_Vd)
-            if needed[1]: dW_Vd += product(dz_TV.T, h_Td)
+            if needed[2]:
+                db_V += dz_TV.sum(0)
+            if narrow:
+                dz_TV = dz_TV.bfloat16()
+            if needed[0]:
+                dh_Td[start:stop] = product(dz_TV, weight_Vd)
+            if needed[1]:
+                dW_Vd += product(dz_TV.T, h_Td)
         return alpha * temperature**2 * sums[0] + (1 - alpha) * sums[1], *sums.unbind()
 
     @staticmethod
     def backward(ctx, factor, *_):
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(factor).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)), *[None] * 7
+        return *(
+            None if gradient is None else gradient.mul_(factor).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes)
+        ), *[None] * 7
 
 # %% ../nbs/40_distill_loss.ipynb #7ee86166
 def full(tensor: torch.Tensor | None) -> torch.Tensor | None:
     "The whole of a tensor that may be split over processes."
-    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim) if isinstance(tensor, DTensor) else tensor
+    return (
+        tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+        if isinstance(tensor, DTensor)
+        else tensor
+    )
 
 # %% ../nbs/40_distill_loss.ipynb #df091da8
-def distillation_loss(student_BLd: torch.Tensor, head: OutputHead, labels_BL: torch.Tensor, targets=None, *, temperature: float = 1., alpha: float = .5,
-                      num_items: torch.Tensor | int | None = None, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def distillation_loss(
+    student_BLd: torch.Tensor,
+    head: OutputHead,
+    labels_BL: torch.Tensor,
+    targets=None,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    num_items: torch.Tensor | int | None = None,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, KL divergence and cross-entropy in nats per token: sums over the tokens divided by `num_items` (default: the tokens of this batch).
 
     `student_BLd` and `head` may require gradients; `labels_BL` are the tokens, -100 where nothing is predicted. `targets` is what the teacher says:
@@ -145,13 +239,36 @@ def distillation_loss(student_BLd: torch.Tensor, head: OutputHead, labels_BL: to
     The last two results carry no gradient. The loss is differentiated once: its gradients are handed over, not kept. Source: Hinton et al. 2015."""
     keep_BL, weight_Vd, bias_V = labels_BL[:, 1:] != -100, full(head.weight_Vd), full(head.bias_V)
     hidden_Td, labels_T = student_BLd[:, :-1][keep_BL], labels_BL[:, 1:][keep_BL]
-    if targets is None and alpha: raise ValueError(f"alpha = {alpha} needs targets of the teacher; expected them, or alpha = 0")
-    if targets is not None and not isinstance(targets, SparseTargets): targets = targets[0][:, :-1][keep_BL], targets[1]
-    if isinstance(targets, SparseTargets): targets = SparseTargets(*(part.to(hidden_Td.device) for part in targets))
-    if isinstance(targets, SparseTargets) and len(targets.ids_Tn) != len(labels_T): raise ValueError(f"the stored targets cover {len(targets.ids_Tn)} tokens; expected the {len(labels_T)} predicted ones")
-    if targets is not None and not alpha: targets = None
-    needed = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden_Td, weight_Vd, bias_V)]
-    sums = ChunkedLoss.apply(hidden_Td, weight_Vd, bias_V, head, labels_T, targets, temperature, alpha, chunk or chunk_tokens(weight_Vd), needed)
+    if targets is None and alpha:
+        raise ValueError(
+            f"alpha = {alpha} needs targets of the teacher; expected them, or alpha = 0"
+        )
+    if targets is not None and not isinstance(targets, SparseTargets):
+        targets = targets[0][:, :-1][keep_BL], targets[1]
+    if isinstance(targets, SparseTargets):
+        targets = SparseTargets(*(part.to(hidden_Td.device) for part in targets))
+    if isinstance(targets, SparseTargets) and len(targets.ids_Tn) != len(labels_T):
+        raise ValueError(
+            f"the stored targets cover {len(targets.ids_Tn)} tokens; expected the {len(labels_T)} predicted ones"
+        )
+    if targets is not None and not alpha:
+        targets = None
+    needed = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden_Td, weight_Vd, bias_V)
+    ]
+    sums = ChunkedLoss.apply(
+        hidden_Td,
+        weight_Vd,
+        bias_V,
+        head,
+        labels_T,
+        targets,
+        temperature,
+        alpha,
+        chunk or chunk_tokens(weight_Vd),
+        needed,
+    )
     items = keep_BL.sum().clamp_min(1) if num_items is None else num_items
     loss, kl, ce = (value / items for value in sums)
     return loss, kl.detach(), ce.detach()

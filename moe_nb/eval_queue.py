@@ -24,71 +24,179 @@ from .checkpoint import METADATA, is_compressed, verify_directory
 from .files import sha256, sole_holder
 from .model_card import CARD
 from .resume import MANIFEST, checkpoints, publish
-from .stream import STATE
+from .stream import TRAINER_STATE
 
 # %% ../nbs/51_eval_queue.ipynb #0b5331db
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     "How to evaluate the checkpoints of a run. Also the flags of `moe-nb watch`."
-    tasks: list[str] = field(metadata={"help": "lm-eval tasks; tiny_next_word and tiny_perplexity come with the package"})
-    metric: str | None = field(default=None, metadata={"help": "what decides which checkpoint is best, as TASK/METRIC; default: the first metric of the first task"})
-    use_export: bool = field(default=True, metadata={"help": "evaluate the exported standard checkpoint, which is what a user of the export runs; no: the compressed model as it is"})
-    gpu_ids: list[int] = field(default_factory=list, metadata={"help": "GPUs of the evaluation, numbered as nvidia-smi does; default: none, it runs on the CPU"})
+
+    tasks: list[str] = field(
+        metadata={"help": "lm-eval tasks; tiny_next_word and tiny_perplexity come with the package"}
+    )
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "what decides which checkpoint is best, as TASK/METRIC; default: the first metric of the first task"
+        },
+    )
+    use_export: bool = field(
+        default=True,
+        metadata={
+            "help": "evaluate the exported standard checkpoint, which is what a user of the export runs; no: the compressed model as it is"
+        },
+    )
+    gpu_ids: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "GPUs of the evaluation, numbered as nvidia-smi does; default: none, it runs on the CPU"
+        },
+    )
     batch_size: int = field(default=8, metadata={"help": "sequences at a time"})
     limit: int | None = field(default=None, metadata={"help": "first items of each task only"})
-    num_fewshot: int | None = field(default=None, metadata={"help": "examples in the prompt; default what the task says"})
-    include_path: str | None = field(default=None, metadata={"help": "a folder of further lm-eval tasks; their Python code is run"})
-    dtype: str | None = field(default=None, metadata={"help": "data type; default that of the checkpoint"})
-    backlog: str = field(default="all", metadata={"help": "when several checkpoints wait: all (in the order of their steps), latest (pass over the older ones) or every-N (those whose step is a multiple of N, and the last one)"})
-    poll_interval: float = field(default=5., metadata={"help": "seconds between looks at the queue"})
-    timeout: float = field(default=7200., metadata={"help": "seconds after which an evaluation is ended"})
-    retries: int = field(default=2, metadata={"help": "further attempts after one that failed; then the checkpoint goes to quarantine"})
-    backoff: float = field(default=30., metadata={"help": "seconds before the first further attempt; doubled before each later one"})
-    memory_limit: float | None = field(default=None, metadata={"help": "GB of address space of an evaluation on the CPU"})
-    nice: int = field(default=10, metadata={"help": "how far an evaluation stands back for other processes, 0 to 19"})
-    baselines: bool = field(default=True, metadata={"help": "also score the teacher and the student before training"})
-    teacher_model: str | None = field(default=None, metadata={"help": "the teacher; default: what the record of the distillation says"})
-    student_model_path: str | None = field(default=None, metadata={"help": "the student before training; default: what the record of the distillation says"})
-    adopt: bool = field(default=False, metadata={"help": "also take complete checkpoint-N directories that nobody publishes"})
-    follow: bool = field(default=True, metadata={"help": "wait until the training is done; no: evaluate what is there"})
-    scorer: str = field(default="moe_nb.eval_worker:lm_eval_scores", metadata={"help": "the function that scores, as module:function"})
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "examples in the prompt; default what the task says"}
+    )
+    include_path: str | None = field(
+        default=None,
+        metadata={"help": "a folder of further lm-eval tasks; their Python code is run"},
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "data type; default that of the checkpoint"}
+    )
+    backlog: str = field(
+        default="all",
+        metadata={
+            "help": "when several checkpoints wait: all (in the order of their steps), latest (pass over the older ones) or every-N (those whose step is a multiple of N, and the last one)"
+        },
+    )
+    poll_interval: float = field(
+        default=5.0, metadata={"help": "seconds between looks at the queue"}
+    )
+    timeout: float = field(
+        default=7200.0, metadata={"help": "seconds after which an evaluation is ended"}
+    )
+    retries: int = field(
+        default=2,
+        metadata={
+            "help": "further attempts after one that failed; then the checkpoint goes to quarantine"
+        },
+    )
+    backoff: float = field(
+        default=30.0,
+        metadata={
+            "help": "seconds before the first further attempt; doubled before each later one"
+        },
+    )
+    memory_limit: float | None = field(
+        default=None, metadata={"help": "GB of address space of an evaluation on the CPU"}
+    )
+    nice: int = field(
+        default=10,
+        metadata={"help": "how far an evaluation stands back for other processes, 0 to 19"},
+    )
+    baselines: bool = field(
+        default=True, metadata={"help": "also score the teacher and the student before training"}
+    )
+    teacher_model: str | None = field(
+        default=None,
+        metadata={"help": "the teacher; default: what the record of the distillation says"},
+    )
+    student_model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "the student before training; default: what the record of the distillation says"
+        },
+    )
+    adopt: bool = field(
+        default=False,
+        metadata={"help": "also take complete checkpoint-N directories that nobody publishes"},
+    )
+    follow: bool = field(
+        default=True,
+        metadata={"help": "wait until the training is done; no: evaluate what is there"},
+    )
+    scorer: str = field(
+        default="moe_nb.eval_worker:lm_eval_scores",
+        metadata={"help": "the function that scores, as module:function"},
+    )
 
     def __post_init__(self):
-        if not self.tasks or not all(self.tasks) or any("," in name for name in self.tasks): raise ValueError(f"tasks: expected one or more names (separated by spaces, not by commas); got {self.tasks}")
-        for name, lowest in dict(batch_size=1, limit=1, num_fewshot=0, poll_interval=0, timeout=0, retries=0, backoff=0, memory_limit=0, nice=0).items():
+        if not self.tasks or not all(self.tasks) or any("," in name for name in self.tasks):
+            raise ValueError(
+                f"tasks: expected one or more names (separated by spaces, not by commas); got {self.tasks}"
+            )
+        for name, lowest in dict(
+            batch_size=1,
+            limit=1,
+            num_fewshot=0,
+            poll_interval=0,
+            timeout=0,
+            retries=0,
+            backoff=0,
+            memory_limit=0,
+            nice=0,
+        ).items():
             value = getattr(self, name)
-            if value is not None and value < lowest: raise ValueError(f"{name} must be at least {lowest}; got {value}")
-        if not re.fullmatch(r"all|latest|every-[1-9]\d*", self.backlog): raise ValueError(f"backlog must be all, latest or every-N; got {self.backlog!r}")
-        if self.metric is not None and not self.metric.count("/"): raise ValueError(f"metric must be TASK/METRIC, such as tiny_next_word/acc; got {self.metric!r}")
-        if self.memory_limit and self.gpu_ids: raise ValueError("memory_limit bounds the address space, of which CUDA reserves more than any limit: use it without gpu_ids")
-        if not re.fullmatch(r"[\w.]+:\w+", self.scorer): raise ValueError(f"scorer must be module:function; got {self.scorer!r}")
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}; got {value}")
+        if not re.fullmatch(r"all|latest|every-[1-9]\d*", self.backlog):
+            raise ValueError(f"backlog must be all, latest or every-N; got {self.backlog!r}")
+        if self.metric is not None and not self.metric.count("/"):
+            raise ValueError(
+                f"metric must be TASK/METRIC, such as tiny_next_word/acc; got {self.metric!r}"
+            )
+        if self.memory_limit and self.gpu_ids:
+            raise ValueError(
+                "memory_limit bounds the address space, of which CUDA reserves more than any limit: use it without gpu_ids"
+            )
+        if not re.fullmatch(r"[\w.]+:\w+", self.scorer):
+            raise ValueError(f"scorer must be module:function; got {self.scorer!r}")
 
 # %% ../nbs/51_eval_queue.ipynb #8d65dd8a
 class SettingsError(ValueError):
     "The configuration is wrong, whatever the checkpoint: trying again, or another one, can not help."
 
 # %% ../nbs/51_eval_queue.ipynb #d09be266
-_SCORES = ("tasks", "use_export", "batch_size", "limit", "num_fewshot", "include_path", "dtype", "scorer")
+_SCORES = (
+    "tasks",
+    "use_export",
+    "batch_size",
+    "limit",
+    "num_fewshot",
+    "include_path",
+    "dtype",
+    "scorer",
+)
 
 
 def fingerprint(config: EvaluationConfig) -> str:
     "Hash of what two results must have in common to be comparable."
-    said = {name: asdict(config)[name] for name in _SCORES} | {package: version(package) for package in ("lm_eval", "torch", "transformers")}
+    said = {name: asdict(config)[name] for name in _SCORES} | {
+        package: version(package) for package in ("lm_eval", "torch", "transformers")
+    }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/51_eval_queue.ipynb #c0ed5443
 def model_identity(model: str | Path) -> str:
     "Hash of a model: of its files (the card, which holds the scores, is none), or of its name where it is no directory."
     path = Path(model)
-    if not path.is_dir(): return hashlib.sha256(str(model).encode()).hexdigest()
-    if is_compressed(path): return sha256(path / METADATA)
-    listing = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file() and file.name not in (MANIFEST, CARD)}
+    if not path.is_dir():
+        return hashlib.sha256(str(model).encode()).hexdigest()
+    if is_compressed(path):
+        return sha256(path / METADATA)
+    listing = {
+        str(file.relative_to(path)): sha256(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name not in (MANIFEST, CARD)
+    }
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 # %% ../nbs/51_eval_queue.ipynb #b2d4501d
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     "A model to score: a checkpoint of the queue, a baseline, or any other."
+
     kind: str  # "checkpoint", "teacher", "student" or "model"
     step: int | None
     name: str
@@ -96,7 +204,8 @@ class Candidate:
     identity: str
 
     @property
-    def label(self) -> str: return Path(self.model).name if self.kind == "checkpoint" else self.name
+    def label(self) -> str:
+        return Path(self.model).name if self.kind == "checkpoint" else self.name
 
     def key(self, config: EvaluationConfig) -> str:
         "Under this name its work and its result are known."
@@ -106,42 +215,69 @@ class Candidate:
 def queued(queue: Path) -> dict[int, Path]:
     "Step -> directory of everything that waits in `queue`, by step."
     found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in queue.glob("step-*"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match and (path / MANIFEST).is_file()))
+    return dict(
+        sorted(
+            (int(match[1]), path) for match, path in found if match and (path / MANIFEST).is_file()
+        )
+    )
 
 
 def candidate(path: Path) -> Candidate:
     "What the directory `path` is; `ValueError` when the manifest of a published one and its files disagree."
     identity = model_identity(path)
-    if not (path / MANIFEST).is_file(): return Candidate(kind="model", step=None, name=path.name, model=str(path), identity=identity)
+    if not (path / MANIFEST).is_file():
+        return Candidate(
+            kind="model", step=None, name=path.name, model=str(path), identity=identity
+        )
     manifest = json.loads((path / MANIFEST).read_text())
-    if manifest.get("metadata_sha256", identity) != identity: raise ValueError(f"{path}: {METADATA} is not the one that was published; the directory was changed")
-    return Candidate(kind="checkpoint", step=manifest["step"], name=manifest["checkpoint"], model=str(path), identity=identity)
+    if manifest.get("metadata_sha256", identity) != identity:
+        raise ValueError(
+            f"{path}: {METADATA} is not the one that was published; the directory was changed"
+        )
+    return Candidate(
+        kind="checkpoint",
+        step=manifest["step"],
+        name=manifest["checkpoint"],
+        model=str(path),
+        identity=identity,
+    )
 
 # %% ../nbs/51_eval_queue.ipynb #fb2a662a
 def complete(path: Path) -> bool:
     "Whether a `checkpoint-N` is complete: by its metadata, or by the file that the Trainer writes last."
-    if (path / "checkpoint-is-incomplete.txt").exists(): return False
-    try: return bool(verify_directory(path, hashes=False)) if is_compressed(path) else (path / STATE).is_file() and not any(path.glob("layer_*"))
-    except (ValueError, OSError): return False
+    if (path / "checkpoint-is-incomplete.txt").exists():
+        return False
+    try:
+        return (
+            bool(verify_directory(path, hashes=False))
+            if is_compressed(path)
+            else (path / TRAINER_STATE).is_file() and not any(path.glob("layer_*"))
+        )
+    except (ValueError, OSError):
+        return False
 
 
-def adopt(run: Path,  # With `checkpoint-N` directories
-          queue: Path,
-          seen: set[tuple[str, int]]  # What was adopted already; added to
-         ) -> None:
+def adopt(
+    run: Path,  # With `checkpoint-N` directories
+    queue: Path,
+    seen: set[tuple[str, int]],  # What was adopted already; added to
+) -> None:
     "Publish the complete checkpoints of `run` that were not seen before; one that vanishes meanwhile is left out."
     for path in checkpoints(run):
         try:
-            if (mark := (path.name, path.stat().st_ino)) in seen or not complete(path): continue
+            if (mark := (path.name, path.stat().st_ino)) in seen or not complete(path):
+                continue
             publish(path, queue)
             seen.add(mark)
-        except OSError as problem: logging.getLogger(__name__).warning("%s is left out: %s", path.name, problem)
+        except OSError as problem:
+            logging.getLogger(__name__).warning("%s is left out: %s", path.name, problem)
 
 # %% ../nbs/51_eval_queue.ipynb #df38f564
-def select(steps: list[int],  # That wait, ascending
-           backlog: str,  # As in `EvaluationConfig`
-           done: bool  # Whether no more will come
-          ) -> tuple[int | None, list[int]]:
+def select(
+    steps: list[int],  # That wait, ascending
+    backlog: str,  # As in `EvaluationConfig`
+    done: bool,  # Whether no more will come
+) -> tuple[int | None, list[int]]:
     """The step to evaluate now, and those to pass over.
 
     >>> select([2, 4, 6], "all", False), select([2, 4, 6], "latest", False)
@@ -149,8 +285,10 @@ def select(steps: list[int],  # That wait, ascending
     >>> select([2, 4, 6], "every-4", False), select([6], "every-4", False), select([6], "every-4", True)
     ((4, [2]), (None, []), (6, []))
     """
-    if not steps: return None, []
-    if backlog == "latest": return steps[-1], steps[:-1]
+    if not steps:
+        return None, []
+    if backlog == "latest":
+        return steps[-1], steps[:-1]
     every = 1 if backlog == "all" else int(backlog.removeprefix("every-"))
     due = [step for step in steps if step % every == 0 or done and step == steps[-1]]
     return (due[0] if due else None), [step for step in steps[:-1] if step % every]
@@ -158,42 +296,106 @@ def select(steps: list[int],  # That wait, ascending
 # %% ../nbs/51_eval_queue.ipynb #84675fc3
 def comparable(rows: list[dict], config: str) -> list[dict]:
     "The rows of one configuration (its fingerprint); where a step was trained again, the later one."
-    return list({(row["kind"], row["checkpoint"] if row["step"] is None else row["step"]): row for row in rows if row["config"] == config}.values())
+    return list(
+        {
+            (row["kind"], row["checkpoint"] if row["step"] is None else row["step"]): row
+            for row in rows
+            if row["config"] == config
+        }.values()
+    )
 
 # %% ../nbs/51_eval_queue.ipynb #b2f616c6
 def score_of(row: dict, metric: str | None) -> dict:
     "Name, value, direction and standard error of `metric` (TASK/METRIC, default the first) in a row of the results."
-    if metric is None: metric = next(f"{task}/{name}" for task, record in row["tasks"].items() for name in record["metrics"])
+    if metric is None:
+        metric = next(
+            f"{task}/{name}" for task, record in row["tasks"].items() for name in record["metrics"]
+        )
     task, _, name = metric.rpartition("/")
-    known = {f"{task}/{name}" for task, record in row["tasks"].items() for name in record["metrics"]}
-    if metric not in known: raise ValueError(f"metric: the results have no {metric}; they have {', '.join(sorted(known))}")
+    known = {
+        f"{task}/{name}" for task, record in row["tasks"].items() for name in record["metrics"]
+    }
+    if metric not in known:
+        raise ValueError(
+            f"metric: the results have no {metric}; they have {', '.join(sorted(known))}"
+        )
     return {"metric": metric, **row["tasks"][task]["metrics"][name]}
 
 
-def best_of(rows: list[dict],  # Comparable results
-            metric: str | None = None  # TASK/METRIC; default: the first
-           ) -> dict | None:
+def best_of(
+    rows: list[dict],  # Comparable results
+    metric: str | None = None,  # TASK/METRIC; default: the first
+) -> dict | None:
     "The best checkpoint of `rows`, how many came after it, and the steps that can not be told from it; None without a checkpoint or a direction."
     rows = sorted((row for row in rows if row["kind"] == "checkpoint"), key=lambda row: row["step"])
     scores = [score_of(row, metric) for row in rows]
-    if not rows or scores[0]["higher_is_better"] is None: return None
+    if not rows or scores[0]["higher_is_better"] is None:
+        return None
     sign = 1 if scores[0]["higher_is_better"] else -1
     at = max(range(len(rows)), key=lambda n: (sign * scores[n]["value"], -n))
-    near = [row["step"] for row, score in zip(rows, scores) if abs(score["value"] - scores[at]["value"]) <= (scores[at]["stderr"] or 0)]
-    return {**{name: rows[at][name] for name in ("step", "checkpoint", "sha256")}, **scores[at], "evaluated": len(rows), "since": len(rows) - 1 - at, "within_stderr": near}
+    near = [
+        row["step"]
+        for row, score in zip(rows, scores)
+        if abs(score["value"] - scores[at]["value"]) <= (scores[at]["stderr"] or 0)
+    ]
+    return {
+        **{name: rows[at][name] for name in ("step", "checkpoint", "sha256")},
+        **scores[at],
+        "evaluated": len(rows),
+        "since": len(rows) - 1 - at,
+        "within_stderr": near,
+    }
 
 # %% ../nbs/51_eval_queue.ipynb #7b267c5e
 def results_table(rows: list[dict]) -> pd.DataFrame:
     "Results as a table, one line per model, task and metric; `of_teacher` compares with the teacher's result of the same configuration."
-    teacher = {(row["config"], task, name): score["value"] for row in rows if row["kind"] == "teacher" for task, record in row["tasks"].items() for name, score in record["metrics"].items()}
+    teacher = {
+        (row["config"], task, name): score["value"]
+        for row in rows
+        if row["kind"] == "teacher"
+        for task, record in row["tasks"].items()
+        for name, score in record["metrics"].items()
+    }
     lines = []
-    for row in sorted(rows, key=lambda row: (row["kind"] == "checkpoint", row["kind"] == "student", row["step"] or 0)):
+    for row in sorted(
+        rows,
+        key=lambda row: (row["kind"] == "checkpoint", row["kind"] == "student", row["step"] or 0),
+    ):
         for task, record in row["tasks"].items():
             for name, score in record["metrics"].items():
                 reference, ratio = teacher.get((row["config"], task, name)), math.nan
-                if reference and score["value"]: ratio = score["value"] / reference if score["higher_is_better"] else reference / score["value"]
-                lines.append(dict(kind=row["kind"], step=row["step"], task=task, metric=name, **score, samples=record["samples"], of_teacher=ratio, backend=row["backend"], seconds=row["seconds"]))
-    columns = ["kind", "step", "task", "metric", "value", "stderr", "higher_is_better", "samples", "of_teacher", "backend", "seconds"]
+                if reference and score["value"]:
+                    ratio = (
+                        score["value"] / reference
+                        if score["higher_is_better"]
+                        else reference / score["value"]
+                    )
+                lines.append(
+                    dict(
+                        kind=row["kind"],
+                        step=row["step"],
+                        task=task,
+                        metric=name,
+                        **score,
+                        samples=record["samples"],
+                        of_teacher=ratio,
+                        backend=row["backend"],
+                        seconds=row["seconds"],
+                    )
+                )
+    columns = [
+        "kind",
+        "step",
+        "task",
+        "metric",
+        "value",
+        "stderr",
+        "higher_is_better",
+        "samples",
+        "of_teacher",
+        "backend",
+        "seconds",
+    ]
     return pd.DataFrame(lines, columns=columns).astype({"step": "Int64"})
 
 # %% ../nbs/51_eval_queue.ipynb #2e25fa8b

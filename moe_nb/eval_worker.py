@@ -47,34 +47,85 @@ def task_records(results: dict, cleaned: dict[str, dict]) -> dict[str, dict]:
     "Metrics with direction and standard error, and the samples counted and available, of every task in the results of lm-eval."
     records = {}
     for task, values in cleaned.items():
-        names = [name for name in values if name != "samples" and not name.split(",")[0].endswith("_stderr")]
-        directions, counted = results["higher_is_better"].get(task, {}), results["n-samples"].get(task, {})
-        stderr = {name: values.get(",".join([f"{name.split(',')[0]}_stderr", *name.split(",")[1:]])) for name in names}
-        metrics = {name: {"value": values[name], "stderr": stderr[name], "higher_is_better": directions.get(name.split(",")[0])} for name in names}
-        records[task] = {"metrics": metrics, "samples": counted.get("effective"), "available": counted.get("original")}
+        names = [
+            name
+            for name in values
+            if name != "samples" and not name.split(",")[0].endswith("_stderr")
+        ]
+        directions, counted = (
+            results["higher_is_better"].get(task, {}),
+            results["n-samples"].get(task, {}),
+        )
+        stderr = {
+            name: values.get(",".join([f"{name.split(',')[0]}_stderr", *name.split(",")[1:]]))
+            for name in names
+        }
+        metrics = {
+            name: {
+                "value": values[name],
+                "stderr": stderr[name],
+                "higher_is_better": directions.get(name.split(",")[0]),
+            }
+            for name in names
+        }
+        records[task] = {
+            "metrics": metrics,
+            "samples": counted.get("effective"),
+            "available": counted.get("original"),
+        }
     return records
 
 
-def lm_eval_scores(path: Path, tasks: list[str], config: EvaluationConfig) -> Iterator[tuple[str, dict]]:
+def lm_eval_scores(
+    path: Path, tasks: list[str], config: EvaluationConfig
+) -> Iterator[tuple[str, dict]]:
     "Score the model in `path` with lm-eval, task by task."
     try:
-        with silenced(): manager = task_manager(tasks, config.include_path)
+        with silenced():
+            manager = task_manager(tasks, config.include_path)
         check_tasks(tasks, manager)
-    except ValueError as error: raise SettingsError(str(error)) from None
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     model, tokenizer = model_and_tokenizer(path, dtype=config.dtype)
     for task in tasks:
-        results = lm_eval_results(model, tokenizer, [task], manager, batch_size=config.batch_size, limit=config.limit, num_fewshot=config.num_fewshot)
-        yield task, task_records(results, clean_results(results, [] if task in manager.all_tags else [task]))
+        results = lm_eval_results(
+            model,
+            tokenizer,
+            [task],
+            manager,
+            batch_size=config.batch_size,
+            limit=config.limit,
+            num_fewshot=config.num_fewshot,
+        )
+        yield (
+            task,
+            task_records(
+                results, clean_results(results, [] if task in manager.all_tags else [task])
+            ),
+        )
 
 # %% ../nbs/52_eval_worker.ipynb #65273851
-def text_perplexity(path: Path, tasks: list[str], config: EvaluationConfig) -> Iterator[tuple[str, dict]]:
+def text_perplexity(
+    path: Path, tasks: list[str], config: EvaluationConfig
+) -> Iterator[tuple[str, dict]]:
     "Perplexity (per token) of each text that `tasks` names: `embedded` or a file."
     model, tokenizer = model_and_tokenizer(path, dtype=config.dtype)
     for task in tasks:
         texts = tiny_text("heldout") if task == "embedded" else read_texts(task, "text")
-        scored = texts[:config.limit]
+        scored = texts[: config.limit]
         value = perplexity(model, tokenizer, scored, batch_size=config.batch_size)
-        yield task, {task: {"metrics": {"perplexity": {"value": value, "stderr": None, "higher_is_better": False}}, "samples": len(scored), "available": len(texts)}}
+        yield (
+            task,
+            {
+                task: {
+                    "metrics": {
+                        "perplexity": {"value": value, "stderr": None, "higher_is_better": False}
+                    },
+                    "samples": len(scored),
+                    "available": len(texts),
+                }
+            },
+        )
 
 # %% ../nbs/52_eval_worker.ipynb #4ab67ff7
 def backend_of(model: str, use_export: bool) -> str:
@@ -84,27 +135,41 @@ def backend_of(model: str, use_export: bool) -> str:
 
 def model_to_score(job: dict, folder: Path) -> Path | str:
     "The directory that is scored: that of the job, or its export."
-    if job["kind"] == "checkpoint": candidate(Path(job["model"]))
-    if job["backend"] != "export": return job["model"]
-    if (folder / "export" / EXPORT_RECORD).is_file(): return folder / "export"
-    return export_to_hf_format(job["model"], job["config"]["teacher_model"], folder / "export", dtype=job["config"]["dtype"])
+    if job["kind"] == "checkpoint":
+        candidate(Path(job["model"]))
+    if job["backend"] != "export":
+        return job["model"]
+    if (folder / "export" / EXPORT_RECORD).is_file():
+        return folder / "export"
+    return export_to_hf_format(
+        job["model"],
+        job["config"]["teacher_model"],
+        folder / "export",
+        dtype=job["config"]["dtype"],
+    )
 
 # %% ../nbs/52_eval_worker.ipynb #5b1ac167
 def end_with_parent(parent: int) -> None:
     "From now on this process is killed when its parent, process `parent`, ends."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
     def watch():
-        while os.getppid() == parent: time.sleep(.5)
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
+
     threading.Thread(target=watch, daemon=True).start()
 
 
 def stand_back(memory_limit: float | None) -> None:
     "Be the first to go when memory is short; allocate at most `memory_limit` GB."
-    try: Path("/proc/self/oom_score_adj").write_text("1000")
-    except OSError: pass  # not Linux, or not allowed here
-    if memory_limit: resource.setrlimit(resource.RLIMIT_AS, (int(memory_limit * 1e9),) * 2)
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    except OSError:
+        pass  # not Linux, or not allowed here
+    if memory_limit:
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory_limit * 1e9),) * 2)
 
 # %% ../nbs/52_eval_worker.ipynb #9a168930
 JOB, RESULT, REFUSED = "job.json", "result.json", "refused.json"
@@ -118,8 +183,10 @@ def write_json(file: Path, value) -> None:
 def find_scorer(name: str) -> Callable:
     "The function that `name`, as module:function, names."
     module, _, function = name.partition(":")
-    try: return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error: raise SettingsError(f"scorer {name}: {error}") from None
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"scorer {name}: {error}") from None
 
 
 def run_job(folder: Path) -> None:
@@ -130,31 +197,57 @@ def run_job(folder: Path) -> None:
     left = [task for task, file in done.items() if not file.is_file()]
     if left:
         scorer = find_scorer(config.scorer)
-        for task, records in scorer(model_to_score(job, folder), left, config): write_json(done[task], records)
-    tasks = {name: record for file in done.values() for name, record in json.loads(file.read_text()).items()}
-    write_json(folder / RESULT, {"key": job["key"], "tasks": tasks, "seconds": round(time.monotonic() - begun, 3), "versions": versions("lm_eval", "torch", "transformers")})
+        for task, records in scorer(model_to_score(job, folder), left, config):
+            write_json(done[task], records)
+    tasks = {
+        name: record
+        for file in done.values()
+        for name, record in json.loads(file.read_text()).items()
+    }
+    write_json(
+        folder / RESULT,
+        {
+            "key": job["key"],
+            "tasks": tasks,
+            "seconds": round(time.monotonic() - begun, 3),
+            "versions": versions("lm_eval", "torch", "transformers"),
+        },
+    )
 
 
 def main(argv: list[str]) -> None:
     "`python -m moe_nb.eval_worker FOLDER PARENT`"
     end_with_parent(int(argv[1]))
     stand_back(json.loads((Path(argv[0]) / JOB).read_text())["config"]["memory_limit"])
-    try: run_job(Path(argv[0]))
-    except SettingsError as error: write_json(Path(argv[0]) / REFUSED, str(error))
+    try:
+        run_job(Path(argv[0]))
+    except SettingsError as error:
+        write_json(Path(argv[0]) / REFUSED, str(error))
 
 # %% ../nbs/52_eval_worker.ipynb #2d6f294e
 #| eval: false
-if __name__ == "__main__": main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])
 
 # %% ../nbs/52_eval_worker.ipynb #05668b6d
-_LAUNCHER = re.compile(r"(NODE_|LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|LOCAL_WORLD_SIZE|(ROLE|MASTER|TORCHELASTIC|ACCELERATE|FSDP|DEEPSPEED|PET|OMPI|PMI)_.*")
+_LAUNCHER = re.compile(
+    r"(NODE_|LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|LOCAL_WORLD_SIZE|(ROLE|MASTER|TORCHELASTIC|ACCELERATE|FSDP|DEEPSPEED|PET|OMPI|PMI)_.*"
+)
 
 
 def worker_environment(config: EvaluationConfig, environment: dict[str, str]) -> dict[str, str]:
     "`environment` without what a launcher of distributed training put there, with the GPUs of `config` and the path of the package."
     kept = {name: value for name, value in environment.items() if not _LAUNCHER.fullmatch(name)}
-    path = os.pathsep.join(filter(None, [str(Path(str(files("moe_nb"))).parent), kept.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ",".join(map(str, config.gpu_ids)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(
+        filter(None, [str(Path(str(files("moe_nb"))).parent), kept.get("PYTHONPATH")])
+    )
+    return {
+        **kept,
+        "PYTHONPATH": path,
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, config.gpu_ids)),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 # %% ../nbs/52_eval_worker.ipynb #43853fc6
 class WorkerError(RuntimeError):
@@ -163,8 +256,10 @@ class WorkerError(RuntimeError):
 
 def end_group(process: subprocess.Popen) -> None:
     "Kill `process` and whatever it started."
-    try: os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError: pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
     process.wait()
 
 
@@ -172,69 +267,124 @@ def run_worker(folder: Path, config: EvaluationConfig) -> None:
     "Run the job in `folder` in a worker, to its end; `WorkerError` when its time is over."
     command = [sys.executable, "-m", "moe_nb.eval_worker", str(folder), str(os.getpid())]
     with open(folder / "output.txt", "wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=worker_environment(config, dict(os.environ)), process_group=0)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=worker_environment(config, dict(os.environ)),
+            process_group=0,
+        )
         try:
-            os.setpriority(os.PRIO_PROCESS, process.pid, max(os.getpriority(os.PRIO_PROCESS, 0), config.nice))
+            os.setpriority(
+                os.PRIO_PROCESS, process.pid, max(os.getpriority(os.PRIO_PROCESS, 0), config.nice)
+            )
             process.wait(config.timeout)
-        except subprocess.TimeoutExpired: raise WorkerError(f"no result after {config.timeout:g} s") from None
-        finally: end_group(process)
+        except subprocess.TimeoutExpired:
+            raise WorkerError(f"no result after {config.timeout:g} s") from None
+        finally:
+            end_group(process)
 
 
 def tail(folder: Path, lines: int = 20) -> str:
     "The last lines that the worker of `folder` wrote."
-    return "\n".join((folder / "output.txt").read_text(errors="replace").strip().splitlines()[-lines:])
+    return "\n".join(
+        (folder / "output.txt").read_text(errors="replace").strip().splitlines()[-lines:]
+    )
 
 # %% ../nbs/52_eval_worker.ipynb #b2de23a4
 def check_record(task: str, record: dict, limit: int | None) -> None:
     "Raise `WorkerError` unless the record of `task` is complete."
-    if not record["metrics"]: raise WorkerError(f"{task}: no metric")
+    if not record["metrics"]:
+        raise WorkerError(f"{task}: no metric")
     for name, score in record["metrics"].items():
-        if not isinstance(score["value"], int | float) or not math.isfinite(score["value"]): raise WorkerError(f"{task}: {name} is {score['value']!r}; expected a finite number")
-    if record["available"] is None: return  # a group: its tasks have records of their own
+        if not isinstance(score["value"], int | float) or not math.isfinite(score["value"]):
+            raise WorkerError(f"{task}: {name} is {score['value']!r}; expected a finite number")
+    if record["available"] is None:
+        return  # a group: its tasks have records of their own
     expected = min(limit or math.inf, record["available"])
-    if not 0 < record["samples"] == expected: raise WorkerError(f"{task}: {record['samples']} samples were scored; expected {expected}")
+    if not 0 < record["samples"] == expected:
+        raise WorkerError(f"{task}: {record['samples']} samples were scored; expected {expected}")
 
 
 def read_result(folder: Path, key: str, config: EvaluationConfig) -> dict | None:
     "The checked result of the job in `folder`; None when there is none."
-    if not (folder / RESULT).is_file(): return None
+    if not (folder / RESULT).is_file():
+        return None
     result = json.loads((folder / RESULT).read_text())
-    if result["key"] != key: raise WorkerError(f"the result is that of {result['key']}; expected {key}")
-    missing = [task for n, task in enumerate(config.tasks) if not (folder / f"task-{n}.json").is_file()]
-    if missing or not result["tasks"]: raise WorkerError(f"no result for {', '.join(missing) or 'any task'}")
-    for task, record in result["tasks"].items(): check_record(task, record, config.limit)
+    if result["key"] != key:
+        raise WorkerError(f"the result is that of {result['key']}; expected {key}")
+    missing = [
+        task for n, task in enumerate(config.tasks) if not (folder / f"task-{n}.json").is_file()
+    ]
+    if missing or not result["tasks"]:
+        raise WorkerError(f"no result for {', '.join(missing) or 'any task'}")
+    for task, record in result["tasks"].items():
+        check_record(task, record, config.limit)
     return result
 
 # %% ../nbs/52_eval_worker.ipynb #526e3a43
 def attempt(subject: Candidate, folder: Path, config: EvaluationConfig) -> dict:
     "One attempt at scoring `subject` in `folder`: the result, or `WorkerError` with the end of what the worker wrote; `SettingsError` when it can not help to try again."
     key = subject.key(config)
-    if (result := read_result(folder, key, config)) is not None: return result
+    if (result := read_result(folder, key, config)) is not None:
+        return result
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REFUSED).unlink(missing_ok=True)
     backend = backend_of(subject.model, config.use_export)
-    write_json(folder / JOB, {"key": key, "kind": subject.kind, "model": subject.model, "backend": backend, "config": asdict(config)})
+    write_json(
+        folder / JOB,
+        {
+            "key": key,
+            "kind": subject.kind,
+            "model": subject.model,
+            "backend": backend,
+            "config": asdict(config),
+        },
+    )
     try:
         run_worker(folder, config)
-        if (folder / REFUSED).is_file(): raise SettingsError(json.loads((folder / REFUSED).read_text()))
+        if (folder / REFUSED).is_file():
+            raise SettingsError(json.loads((folder / REFUSED).read_text()))
         result = read_result(folder, key, config)
-        if result is None: raise WorkerError("the evaluation ended without a result")
-    except WorkerError as error: raise WorkerError(f"{subject.name}: {error}\n{tail(folder)}") from None
+        if result is None:
+            raise WorkerError("the evaluation ended without a result")
+    except WorkerError as error:
+        raise WorkerError(f"{subject.name}: {error}\n{tail(folder)}") from None
     return result
 
 # %% ../nbs/52_eval_worker.ipynb #78b521e5
-def parity(compressed: Path,  # A compressed directory
-           exported: Path,  # Its export
-           *,
-           choices: str = "tiny_next_word",  # A task with one answer per item
-           texts: str = "tiny_perplexity",  # A task of text
-           limit: int | None = None,
-           batch_size: int = 8) -> dict:
+def parity(
+    compressed: Path,  # A compressed directory
+    exported: Path,  # Its export
+    *,
+    choices: str = "tiny_next_word",  # A task with one answer per item
+    texts: str = "tiny_perplexity",  # A task of text
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict:
     "Items answered, those answered differently, and the relative difference of the perplexity per byte, between the two back-ends."
     answers, perplexities = [], []
-    with silenced(): manager = task_manager([choices, texts])
+    with silenced():
+        manager = task_manager([choices, texts])
     for path in (compressed, exported):
-        results = lm_eval_results(*model_and_tokenizer(path), [choices, texts], manager, batch_size=batch_size, limit=limit, log_samples=True)
-        answers.append([max(range(len(item["filtered_resps"])), key=lambda n: item["filtered_resps"][n][0]) for item in results["samples"][choices]])
+        results = lm_eval_results(
+            *model_and_tokenizer(path),
+            [choices, texts],
+            manager,
+            batch_size=batch_size,
+            limit=limit,
+            log_samples=True,
+        )
+        answers.append(
+            [
+                max(range(len(item["filtered_resps"])), key=lambda n: item["filtered_resps"][n][0])
+                for item in results["samples"][choices]
+            ]
+        )
         perplexities.append(results["results"][texts]["byte_perplexity,none"])
-    return {"items": len(answers[0]), "different": sum(a != b for a, b in zip(*answers, strict=True)), "perplexity": abs(perplexities[1] / perplexities[0] - 1)}
+    return {
+        "items": len(answers[0]),
+        "different": sum(a != b for a, b in zip(*answers, strict=True)),
+        "perplexity": abs(perplexities[1] / perplexities[0] - 1),
+    }

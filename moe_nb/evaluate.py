@@ -32,24 +32,29 @@ from .files import replace_text
 from .model_card import CARD, with_scores
 from .text import check_max_length
 
-
 # %% ../nbs/50_evaluate.ipynb #b3b02ce4
 def start_token(tokenizer) -> int:
     "The token that a document starts with: bos, or eos where the tokenizer has no bos."
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None: return token
+        if token is not None:
+            return token
     raise ValueError("the tokenizer has neither a bos nor an eos token to start a document with")
 
 # %% ../nbs/50_evaluate.ipynb #44a21d3f
-def token_windows(texts: list[str],  # Documents
-                  tokenizer,  # Of the model
-                  max_length: int  # Tokens of the longest window
-                 ) -> list[list[int]]:
+def token_windows(
+    texts: list[str],  # Documents
+    tokenizer,  # Of the model
+    max_length: int,  # Tokens of the longest window
+) -> list[list[int]]:
     "Windows of 2 to `max_length` tokens; the first token of each is context only, the others are all tokens of the text, once."
     windows = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ():
+    for ids in (
+        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
+    ):
         ids = [start_token(tokenizer), *ids]
-        windows += [ids[begin:begin + max_length] for begin in range(0, len(ids) - 1, max_length - 1)]
+        windows += [
+            ids[begin : begin + max_length] for begin in range(0, len(ids) - 1, max_length - 1)
+        ]
     return windows
 
 # %% ../nbs/50_evaluate.ipynb #15a8e42a
@@ -58,32 +63,51 @@ def batch_nll(model: nn.Module, windows: list[list[int]]) -> torch.Tensor:
     "Negative log-likelihood (nats) of every token but the first of each window: `[S]`, float64, on the CPU."
     longest = max(map(len, windows))
     padding = [longest - len(window) for window in windows]
-    ids_BL = torch.tensor([window + [0] * n for window, n in zip(windows, padding)], device=model.device)
-    mask_BL = torch.tensor([[1] * len(window) + [0] * n for window, n in zip(windows, padding)], device=model.device)
+    ids_BL = torch.tensor(
+        [window + [0] * n for window, n in zip(windows, padding)], device=model.device
+    )
+    mask_BL = torch.tensor(
+        [[1] * len(window) + [0] * n for window, n in zip(windows, padding)], device=model.device
+    )
     logits_BLV = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
-    nll = [F.cross_entropy(logits_LV[:len(window) - 1].float(), ids_L[1:len(window)].to(logits_LV.device), reduction="none")
-           for window, ids_L, logits_LV in zip(windows, ids_BL, logits_BLV)]
+    nll = [
+        F.cross_entropy(
+            logits_LV[: len(window) - 1].float(),
+            ids_L[1 : len(window)].to(logits_LV.device),
+            reduction="none",
+        )
+        for window, ids_L, logits_LV in zip(windows, ids_BL, logits_BLV)
+    ]
     return torch.cat(nll).cpu().double()
 
 # %% ../nbs/50_evaluate.ipynb #e2b150c6
-def perplexity(model: nn.Module,  # A causal language model of transformers, on any device
-               tokenizer,  # Its tokenizer
-               texts: list[str],  # Documents
-               *,
-               max_length: int = 256,  # Tokens of a window, its context-only first token included
-               batch_size: int = 16  # Windows at a time; the result does not depend on it
-              ) -> float:
+def perplexity(
+    model: nn.Module,  # A causal language model of transformers, on any device
+    tokenizer,  # Its tokenizer
+    texts: list[str],  # Documents
+    *,
+    max_length: int = 256,  # Tokens of a window, its context-only first token included
+    batch_size: int = 16,  # Windows at a time; the result does not depend on it
+) -> float:
     "exp of the mean negative log-likelihood over all tokens of `texts`, each scored once, summed in float64."
-    if isinstance(texts, str): raise ValueError("texts must be a list of documents; got one string")
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of documents; got one string")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     check_max_length(model, max_length)
-    windows = sorted(token_windows(list(texts), tokenizer, max_length), key=len, reverse=True)  # similar lengths side by side: little padding
-    if not windows: raise ValueError("texts hold no token to score")
+    windows = sorted(
+        token_windows(list(texts), tokenizer, max_length), key=len, reverse=True
+    )  # similar lengths side by side: little padding
+    if not windows:
+        raise ValueError("texts hold no token to score")
     total, scored = 0.0, sum(len(window) - 1 for window in windows)
     with evaluation_mode(model):
         for start in range(0, len(windows), batch_size):
-            nll_S = batch_nll(model, windows[start:start + batch_size])
-            if not nll_S.isfinite().all(): raise RuntimeError("the model gives a token of the text no finite log-probability: its logits overflow or are NaN")
+            nll_S = batch_nll(model, windows[start : start + batch_size])
+            if not nll_S.isfinite().all():
+                raise RuntimeError(
+                    "the model gives a token of the text no finite log-probability: its logits overflow or are NaN"
+                )
             total += nll_S.sum().item()
     return math.exp(total / scored) if total / scored < 700 else math.inf
 
@@ -93,26 +117,36 @@ def package_tasks() -> Path:
     return Path(str(files("moe_nb"))) / "tasks"
 
 # %% ../nbs/50_evaluate.ipynb #4b68479f
-def task_manager(names: list[str],  # Tasks that will be asked for
-                 include_path: str | Path | None = None  # A folder of further task yaml files
-                ) -> "TaskManager":
+def task_manager(
+    names: list[str],  # Tasks that will be asked for
+    include_path: str | Path | None = None,  # A folder of further task yaml files
+) -> "TaskManager":
     "The index of the package's tasks and those of `include_path`, and of all of lm-eval's where `names` need it."
     from lm_eval.tasks import (
         TaskManager,  # lm-eval is imported where it is used: it takes seconds, and perplexity needs none of it
     )
 
-    if include_path is not None and not Path(include_path).is_dir(): raise ValueError(f"include_path {include_path} is not a folder")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path {include_path} is not a folder")
     folders = [package_tasks(), *([Path(include_path)] if include_path is not None else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
-    return manager if set(names) <= set(manager.all_tasks) else TaskManager(include_path=folders, include_defaults=True)
+    return (
+        manager
+        if set(names) <= set(manager.all_tasks)
+        else TaskManager(include_path=folders, include_defaults=True)
+    )
 
 # %% ../nbs/50_evaluate.ipynb #80a72233
 def check_tasks(names: list[str], manager: "TaskManager") -> None:
     "Raise `ValueError` when `names` is empty or holds a task that `manager` does not know."
     shipped = ", ".join(task_manager([]).all_tasks)
     unknown = sorted(set(names) - set(manager.all_tasks))
-    if unknown: raise ValueError(f"unknown task: {', '.join(unknown)}; with the package come {shipped}, with lm-eval those of `lm_eval ls tasks`")
-    if not names: raise ValueError(f"no task given; with the package come {shipped}")
+    if unknown:
+        raise ValueError(
+            f"unknown task: {', '.join(unknown)}; with the package come {shipped}, with lm-eval those of `lm_eval ls tasks`"
+        )
+    if not names:
+        raise ValueError(f"no task given; with the package come {shipped}")
 
 # %% ../nbs/50_evaluate.ipynb #f4532c74
 @contextmanager
@@ -120,7 +154,8 @@ def random_state_kept():
     "Afterwards the global generators of Python, NumPy and torch (all devices) are where they were."
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try: yield
+        try:
+            yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
@@ -134,8 +169,10 @@ def silenced():
     with TemporaryFile() as sink, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         stderr = os.dup(2)
         os.dup2(sink.fileno(), 2)
-        for logger in loggers: logger.setLevel(logging.ERROR)
-        try: yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
         except BaseException:
             sink.seek(0)
             os.write(stderr, sink.read())
@@ -143,21 +180,29 @@ def silenced():
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            for logger, level in zip(loggers, levels): logger.setLevel(level)
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
 
 # %% ../nbs/50_evaluate.ipynb #b40e7411
-def model_and_tokenizer(model,  # A loaded model, a directory, or a name on the Hub
-                        tokenizer=None,  # A tokenizer, or where to load it from; default: where the model is from
-                        device_map="auto",  # As in transformers; unused for a loaded model
-                        dtype=None  # As in transformers, default: that of the checkpoint; unused for a loaded model
-                       ) -> tuple:
+def model_and_tokenizer(
+    model,  # A loaded model, a directory, or a name on the Hub
+    tokenizer=None,  # A tokenizer, or where to load it from; default: where the model is from
+    device_map="auto",  # As in transformers; unused for a loaded model
+    dtype=None,  # As in transformers, default: that of the checkpoint; unused for a loaded model
+) -> tuple:
     "The loaded model and its tokenizer."
     source = str(model) if isinstance(model, (str, Path)) else model.name_or_path
-    if tokenizer is None and not source: raise ValueError("the model does not say where it was loaded from: pass its tokenizer")
-    if tokenizer is None or isinstance(tokenizer, (str, Path)): tokenizer = AutoTokenizer.from_pretrained(tokenizer or source)
-    if not isinstance(model, (str, Path)): return model, tokenizer
-    if is_compressed(source): return load_compressed_model(source, device_map=device_map, dtype=dtype), tokenizer
-    return AutoModelForCausalLM.from_pretrained(source, device_map=device_map, dtype=dtype), tokenizer
+    if tokenizer is None and not source:
+        raise ValueError("the model does not say where it was loaded from: pass its tokenizer")
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer or source)
+    if not isinstance(model, (str, Path)):
+        return model, tokenizer
+    if is_compressed(source):
+        return load_compressed_model(source, device_map=device_map, dtype=dtype), tokenizer
+    return AutoModelForCausalLM.from_pretrained(
+        source, device_map=device_map, dtype=dtype
+    ), tokenizer
 
 # %% ../nbs/50_evaluate.ipynb #d3045de2
 def clean_metrics(task: str, metrics: dict) -> dict[str, float]:
@@ -166,73 +211,122 @@ def clean_metrics(task: str, metrics: dict) -> dict[str, float]:
     >>> clean_metrics("t", {"alias": "t", "acc,none": 1, "acc_stderr,none": "N/A", "exact_match,strict": .5})
     {'acc': 1.0, 'exact_match,strict': 0.5}
     """
-    found = {key.removesuffix(",none"): value for key, value in metrics.items() if "," in key and not (value == "N/A" and "_stderr," in key)}
+    found = {
+        key.removesuffix(",none"): value
+        for key, value in metrics.items()
+        if "," in key and not (value == "N/A" and "_stderr," in key)
+    }
     for metric, value in found.items():
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise RuntimeError(f"{task}: {metric} is not a finite number but {value!r}")
     return {metric: float(value) for metric, value in found.items()}
 
 # %% ../nbs/50_evaluate.ipynb #04df596a
-def clean_results(results: dict | None,  # What `simple_evaluate` returns
-                  names: list[str]  # Tasks and groups that must be in it
-                 ) -> dict[str, dict]:
+def clean_results(
+    results: dict | None,  # What `simple_evaluate` returns
+    names: list[str],  # Tasks and groups that must be in it
+) -> dict[str, dict]:
     "`{task: {metric: value, ..., 'samples': n}}`; `RuntimeError` when a task is missing or incomplete."
-    if results is None: raise RuntimeError("lm-eval returned nothing: evaluate in one process, not in every process of a launcher")
+    if results is None:
+        raise RuntimeError(
+            "lm-eval returned nothing: evaluate in one process, not in every process of a launcher"
+        )
     missing = sorted(set(names) - results["results"].keys())
-    if missing: raise RuntimeError(f"lm-eval returned no result for {', '.join(missing)}")
+    if missing:
+        raise RuntimeError(f"lm-eval returned no result for {', '.join(missing)}")
     cleaned = {task: clean_metrics(task, metrics) for task, metrics in results["results"].items()}
     for task, counted in results["n-samples"].items():
-        if not cleaned[task] or not counted["effective"]: raise RuntimeError(f"{task}: lm-eval scored nothing")
+        if not cleaned[task] or not counted["effective"]:
+            raise RuntimeError(f"{task}: lm-eval scored nothing")
         cleaned[task]["samples"] = counted["effective"]
     return cleaned
 
 # %% ../nbs/50_evaluate.ipynb #5e71c0de
-def lm_eval_results(model: nn.Module,  # Loaded
-                    tokenizer,
-                    names: list[str],  # Tasks and groups
-                    manager: "TaskManager",  # That knows them
-                    *,
-                    batch_size: int = 8,
-                    limit: int | float | None = None,
-                    num_fewshot: int | None = None,
-                    log_samples: bool = False  # Also what the model answered to every item
-                   ) -> dict:
+def lm_eval_results(
+    model: nn.Module,  # Loaded
+    tokenizer,
+    names: list[str],  # Tasks and groups
+    manager: "TaskManager",  # That knows them
+    *,
+    batch_size: int = 8,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    log_samples: bool = False,  # Also what the model answered to every item
+) -> dict:
     "What `simple_evaluate` of lm-eval returns, without a cache of responses; global state and the mode of the model stay as they were."
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with random_state_kept(), evaluation_mode(model), silenced():
-        wrapped = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
-        return simple_evaluate(wrapped, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager,
-                               log_samples=log_samples, bootstrap_iters=100)
+        wrapped = HFLM(
+            model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            softmax_dtype=torch.float32,
+        )
+        return simple_evaluate(
+            wrapped,
+            tasks=names,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=log_samples,
+            bootstrap_iters=100,
+        )
 
 # %% ../nbs/50_evaluate.ipynb #ae38d5b9
-def evaluate_model(model,  # A loaded model, a directory (compressed or not), or a name on the Hub
-                   tasks: list[str] | str,  # Names of tasks or groups; a string may hold several, separated by commas
-                   *,
-                   tokenizer=None,  # A tokenizer, or where to load it from; default: where the model is from
-                   batch_size: int = 8,  # Sequences at a time
-                   limit: int | float | None = None,  # First items of each task: a number, or a share below 1
-                   device_map="auto",  # For a model that is loaded here, as in transformers
-                   dtype=None,  # For a model that is loaded here, as in transformers; default: that of the checkpoint
-                   include_path: str | Path | None = None,  # A folder of further tasks; their Python code is run
-                   num_fewshot: int | None = None  # Examples in the prompt; default: what the task says
-                  ) -> dict[str, dict]:
+def evaluate_model(
+    model,  # A loaded model, a directory (compressed or not), or a name on the Hub
+    tasks: list[str]
+    | str,  # Names of tasks or groups; a string may hold several, separated by commas
+    *,
+    tokenizer=None,  # A tokenizer, or where to load it from; default: where the model is from
+    batch_size: int = 8,  # Sequences at a time
+    limit: int | float | None = None,  # First items of each task: a number, or a share below 1
+    device_map="auto",  # For a model that is loaded here, as in transformers
+    dtype=None,  # For a model that is loaded here, as in transformers; default: that of the checkpoint
+    include_path: str | Path | None = None,  # A folder of further tasks; their Python code is run
+    num_fewshot: int | None = None,  # Examples in the prompt; default: what the task says
+) -> dict[str, dict]:
     "Results of lm-eval as `{task: {metric: value, ..., 'samples': n}}`; global state and the mode of the model stay as they were."
-    names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-    if limit is not None and limit <= 0: raise ValueError(f"limit must be above 0; got {limit}")
-    with silenced(): manager = task_manager(names, include_path)
+    names = [
+        name.strip()
+        for name in (tasks.split(",") if isinstance(tasks, str) else tasks)
+        if name.strip()
+    ]
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if limit is not None and limit <= 0:
+        raise ValueError(f"limit must be above 0; got {limit}")
+    with silenced():
+        manager = task_manager(names, include_path)
     check_tasks(names, manager)
     model, tokenizer = model_and_tokenizer(model, tokenizer, device_map, dtype)
-    results = lm_eval_results(model, tokenizer, names, manager, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
+    results = lm_eval_results(
+        model,
+        tokenizer,
+        names,
+        manager,
+        batch_size=batch_size,
+        limit=limit,
+        num_fewshot=num_fewshot,
+    )
     return clean_results(results, [name for name in names if name not in manager.all_tags])
 
 # %% ../nbs/50_evaluate.ipynb #23eadde4
-def record_scores(path: str | Path,  # A directory with a model card
-                  scores: dict[str, dict],  # As `evaluate_model` returns them
-                  command: str  # That gives them
-                 ) -> None:
+def record_scores(
+    path: str | Path,  # A directory with a model card
+    scores: dict[str, dict],  # As `evaluate_model` returns them
+    command: str,  # That gives them
+) -> None:
     "Put `scores` into the model card of a directory, in one rename."
     card = Path(path) / CARD
-    replace_text(card, with_scores(card.read_text(encoding="utf-8") if card.is_file() else "", card.absolute().parent.name, scores, command))
+    replace_text(
+        card,
+        with_scores(
+            card.read_text(encoding="utf-8") if card.is_file() else "",
+            card.absolute().parent.name,
+            scores,
+            command,
+        ),
+    )

@@ -75,7 +75,11 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     Of a model that also sees or hears, those of its text decoder."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     inside = set(decoder.modules())
-    return {name: module for name, module in model.named_modules() if module in inside and is_experts(module)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if module in inside and is_experts(module)
+    }
 
 # %% ../nbs/10_experts.ipynb #a6d444e4
 def unknown_experts(model: nn.Module) -> list[str]:
@@ -83,12 +87,16 @@ def unknown_experts(model: nn.Module) -> list[str]:
     reasons = {}
     for module in model.modules():
         kind = type(module).__name__
-        called_experts = re.search("experts?", kind, re.IGNORECASE) and any(p.ndim > 1 for p in module.parameters())
+        called_experts = re.search("experts?", kind, re.IGNORECASE) and any(
+            p.ndim > 1 for p in module.parameters()
+        )
         if not called_experts or is_experts(module):
             continue
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
         if shapes:
-            reasons[kind] = f"its parameters are {shapes}, not a 3-D gate_up_proj or up_proj and down_proj"
+            reasons[kind] = (
+                f"its parameters are {shapes}, not a 3-D gate_up_proj or up_proj and down_proj"
+            )
         else:
             reasons[kind] = "it keeps its weights in submodules"
     return [f"{kind}: {reason}" for kind, reason in reasons.items()]
@@ -136,7 +144,9 @@ def read_experts(experts: nn.Module) -> ExpertWeights:
     layout = layout_of(experts)
     down_Edf = experts.down_proj.detach()
     E = len(down_Edf)
-    inner = getattr(experts, layout.inner).detach()[:E]  # identity experts may have rows that no one reads
+    inner = getattr(experts, layout.inner).detach()[
+        :E
+    ]  # identity experts may have rows that no one reads
     if layout.is_transposed:
         inner, down_Edf = inner.mT, down_Edf.mT
     if not layout.has_gate:
@@ -153,7 +163,9 @@ def write_experts(experts: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     "Copy canonical `weights` (all projections) into `experts`, converting to its data type and device; shapes must agree."
     for name, target in read_experts(experts).items():
         if weights[name].shape != target.shape:
-            raise ValueError(f"{name}: expected shape {tuple(target.shape)}, got {tuple(weights[name].shape)}")
+            raise ValueError(
+                f"{name}: expected shape {tuple(target.shape)}, got {tuple(weights[name].shape)}"
+            )
         target.copy_(weights[name])
 
 # %% ../nbs/10_experts.ipynb #2cc95f3a
@@ -206,7 +218,9 @@ def routing(
         return hidden_states, top_k_index, top_k_weights
     E = len(experts.down_proj)
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-    expert_T = torch.arange(E, device=hidden_states.device).repeat_interleave(len(hidden_states) // E)
+    expert_T = torch.arange(E, device=hidden_states.device).repeat_interleave(
+        len(hidden_states) // E
+    )
     if not layout_of(experts).has_bias:
         expert_T = torch.where(hidden_states.any(-1), expert_T, E)  # beyond the last: none
     weights_T1 = torch.ones_like(expert_T[:, None], dtype=hidden_states.dtype)
@@ -222,7 +236,9 @@ def check_function(
     "Raise `ValueError` unless `experts` computes what `run_expert` does, on a few random tokens and the last expert."
     weights = read_experts(experts)
     E, last = weights.E, weights.E - 1
-    x_Etd = torch.randn(E, tokens, weights.d, generator=torch.Generator().manual_seed(0)).to(experts.down_proj)
+    x_Etd = torch.randn(E, tokens, weights.d, generator=torch.Generator().manual_seed(0)).to(
+        experts.down_proj
+    )
     _, expected = run_expert(experts, weights, last, x_Etd[last])
     takes_tokens_alone = len(inspect.signature(experts.forward).parameters) == 1
     if takes_tokens_alone:
@@ -239,7 +255,9 @@ def check_function(
         )
 
 # %% ../nbs/10_experts.ipynb #d2b3d458
-PART = 1 << 25  # Numbers that are worked on at a time, where the weights of all experts would fill the memory
+PART = (
+    1 << 25
+)  # Numbers that are worked on at a time, where the weights of all experts would fill the memory
 
 
 def parts(X_Emd: torch.Tensor) -> list[slice]:
@@ -256,7 +274,14 @@ def expert_mean(X_Emd: torch.Tensor) -> torch.Tensor:
 def experts_per_token(model: nn.Module) -> int:
     "K, from the text configuration of the model; 1 where it says nothing."
     config = model.config.get_text_config()
-    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
+    names = (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "top_k_experts",
+        "moe_top_k",
+        "moe_topk",
+        "moe_k",
+    )
     for name in names:
         if getattr(config, name, None) is not None:
             return getattr(config, name)

@@ -60,6 +60,7 @@ from .shared_core import compressed_experts, materialized
 # %% ../nbs/33_export.ipynb #465e2e5a
 class Layout(NamedTuple):
     "An export before any of it is written."
+
     model: nn.Module  # On the meta device, factors in place of the experts
     tensors: dict  # Stored name -> lazy tensor
     parts: dict[str, list[str]]  # Part of the model -> its stored names
@@ -70,21 +71,44 @@ class Layout(NamedTuple):
 # %% ../nbs/33_export.ipynb #65c4281f
 def stored_tensors(path: Path, weights_format: str) -> dict:
     "Stored name -> lazy tensor of a compressed directory."
-    if weights_format == "safetensors": return open_source(path)
-    files = sorted(set(json.loads((path / INDEXES[weights_format]).read_text())["weight_map"].values()))
-    try: return {name: value for file in files for name, value in torch.load(path / file, map_location="cpu", mmap=True, weights_only=True).items()}
-    except pickle.UnpicklingError as error: raise ValueError(f"{path}: a .pt file holds more than tensors and was not executed ({str(error).splitlines()[0]})") from None
+    if weights_format == "safetensors":
+        return open_source(path)
+    files = sorted(
+        set(json.loads((path / INDEXES[weights_format]).read_text())["weight_map"].values())
+    )
+    try:
+        return {
+            name: value
+            for file in files
+            for name, value in torch.load(
+                path / file, map_location="cpu", mmap=True, weights_only=True
+            ).items()
+        }
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: a .pt file holds more than tensors and was not executed ({str(error).splitlines()[0]})"
+        ) from None
 
 # %% ../nbs/33_export.ipynb #a19afe0c
 def plain_model(path: Path, dtype: torch.dtype | str | None) -> tuple[nn.Module, dict]:
     "The uncompressed model of a compressed directory on the meta device, as for `save_pretrained`; and what config.json says of the compression."
     config = AutoConfig.from_pretrained(path)
-    compression = config.quantization_config if isinstance(config.quantization_config, dict) else config.quantization_config.to_dict()
+    compression = (
+        config.quantization_config
+        if isinstance(config.quantization_config, dict)
+        else config.quantization_config.to_dict()
+    )
     del config.quantization_config
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or config.dtype
-    with torch.device("meta"): model = bare_model(config, dtype)
-    if (path / "generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(path)
-    model._weight_conversions = [conversion for conversion in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(conversion, PrefixChange)]
+    with torch.device("meta"):
+        model = bare_model(config, dtype)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model._weight_conversions = [
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange)
+    ]
     return model, compression
 
 # %% ../nbs/33_export.ipynb #f5b03285
@@ -92,14 +116,20 @@ def hub_tensors(model: nn.Module, name: str, experts: nn.Module) -> dict[str, to
     "Hub name -> tensor of `experts`, by the conversions of transformers, as if it were the module `name` of `model`."
     there = model.get_submodule(name)
     model.set_submodule(name, experts)  # some conversions look up the shape of a parameter
-    try: return revert_weight_conversion(model, {f"{name}.{key}": value for key, value in experts.named_parameters()})
-    finally: model.set_submodule(name, there)
+    try:
+        return revert_weight_conversion(
+            model, {f"{name}.{key}": value for key, value in experts.named_parameters()}
+        )
+    finally:
+        model.set_submodule(name, there)
 
 
 def hub_shapes(model: nn.Module, name: str, count: int) -> dict[str, torch.Tensor]:
     "Hub name -> meta tensor of the first `count` experts of the experts module `name`."
     few = copy.copy(model.get_submodule(name))
-    few._parameters = {key: nn.Parameter(value[:count]) for key, value in few.named_parameters(recurse=False)}
+    few._parameters = {
+        key: nn.Parameter(value[:count]) for key, value in few.named_parameters(recurse=False)
+    }
     return hub_tensors(model, name, few)
 
 # %% ../nbs/33_export.ipynb #88104f26
@@ -107,46 +137,100 @@ def expert_places(model: nn.Module, name: str) -> list[list[tuple[str, int]]] | 
     "For each expert of the experts module `name`, on the meta device: hub tensors that hold it, and the number at which it begins in each. None where the hub mixes experts."
     experts = model.get_submodule(name)
     count = len(experts.down_proj)
-    if any(len(value) != count for value in experts.parameters()): return None
+    if any(len(value) != count for value in experts.parameters()):
+        return None
     one, every = (list(hub_shapes(model, name, rows).items()) for rows in (1, count))
-    columns = [every[start:start + count] for start in range(0, len(every), count)]  # tensors of the same kind, by expert
-    apart = len(every) == count * len(one) and all(column[0][0] == key and all(value.shape == part.shape for _, value in column) for column, (key, part) in zip(columns, one))
-    if apart: return [[(key, 0) for key, _ in row] for row in zip(*columns)]
-    rows = len(every) == len(one) and all(value.shape == (count, *part.shape[1:]) and part.shape[0] == 1 for (_, value), (_, part) in zip(every, one))
-    return [[(key, expert * part.numel()) for key, part in one] for expert in range(count)] if rows else None
+    columns = [
+        every[start : start + count] for start in range(0, len(every), count)
+    ]  # tensors of the same kind, by expert
+    apart = len(every) == count * len(one) and all(
+        column[0][0] == key and all(value.shape == part.shape for _, value in column)
+        for column, (key, part) in zip(columns, one)
+    )
+    if apart:
+        return [[(key, 0) for key, _ in row] for row in zip(*columns)]
+    rows = len(every) == len(one) and all(
+        value.shape == (count, *part.shape[1:]) and part.shape[0] == 1
+        for (_, value), (_, part) in zip(every, one)
+    )
+    return (
+        [[(key, expert * part.numel()) for key, part in one] for expert in range(count)]
+        if rows
+        else None
+    )
 
 # %% ../nbs/33_export.ipynb #40b994fe
 def export_layout(path: Path, dtype: torch.dtype | str | None, max_shard_size: str) -> Layout:
     "Everything about an export but its values."
     model, compression = plain_model(path, dtype)
-    views = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(model.state_dict()), model))
-    shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in views.items()}
-    shards = split_torch_state_dict_into_shards(shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
-    index = dict(metadata=dict(total_parameters=model.num_parameters(), **shards.metadata), weight_map=shards.tensor_to_filename)
+    views = revert_weight_conversion(
+        model, remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    )
+    shapes = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, value in views.items()
+    }
+    shards = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    index = dict(
+        metadata=dict(total_parameters=model.num_parameters(), **shards.metadata),
+        weight_map=shards.tensor_to_filename,
+    )
     experts = {name: expert_places(model, name) for name in compression["modules"]}
-    for name, factors in compression["modules"].items(): model.set_submodule(name, empty_experts(model.get_submodule(name), factors))
+    for name, factors in compression["modules"].items():
+        model.set_submodule(name, empty_experts(model.get_submodule(name), factors))
     tensors = stored_tensors(path, compression["weights_format"])
     parts = parts_of(runtime_names(model, tensors), compression["modules"])
-    return Layout(model, tensors, parts, {file: {name: shapes[name] for name in names} for file, names in shards.filename_to_tensors.items()}, index, experts)
+    return Layout(
+        model,
+        tensors,
+        parts,
+        {
+            file: {name: shapes[name] for name in names}
+            for file, names in shards.filename_to_tensors.items()
+        },
+        index,
+        experts,
+    )
 
 # %% ../nbs/33_export.ipynb #32ae7412
 def part_weights(layout: Layout, part: str) -> Iterator[tuple[str, int, torch.Tensor]]:
     "Read one part of the model; yields hub tensor, the number at which the values begin in it, and the values; experts materialised, one by one where that can be."
     model, modules = layout.model, compressed_experts(layout.model)
     load_tensors(model, {name: layout.tensors[name] for name in layout.parts[part]})
-    def experts(chosen=None): return hub_tensors(model, part, materialized(modules[part], chosen)).items()
-    if part not in modules: yield from ((name, 0, value) for name, value in revert_weight_conversion(model, {name: value for name, value in model.state_dict().items() if value.device.type != "meta" and part_of(name, modules) == part}).items())
-    elif layout.experts[part] is None: yield from ((name, 0, value) for name, value in experts())
+
+    def experts(chosen=None):
+        return hub_tensors(model, part, materialized(modules[part], chosen)).items()
+
+    if part not in modules:
+        yield from (
+            (name, 0, value)
+            for name, value in revert_weight_conversion(
+                model,
+                {
+                    name: value
+                    for name, value in model.state_dict().items()
+                    if value.device.type != "meta" and part_of(name, modules) == part
+                },
+            ).items()
+        )
+    elif layout.experts[part] is None:
+        yield from ((name, 0, value) for name, value in experts())
     else:
-        for e, places in enumerate(layout.experts[part]): yield from ((*place, value) for place, (_, value) in zip(places, experts([e])))
+        for e, places in enumerate(layout.experts[part]):
+            yield from ((*place, value) for place, (_, value) in zip(places, experts([e])))
     release(model)
 
 # %% ../nbs/33_export.ipynb #12ff1eaa
-def write_part(layout: Layout, part: str, folder: Path, places: dict[str, tuple[str, int]]) -> tuple[list, int]:
+def write_part(
+    layout: Layout, part: str, folder: Path, places: dict[str, tuple[str, int]]
+) -> tuple[list, int]:
     "Write one part of the model to its places in the shards; returns the spans and their checksum."
     spans, checksum = [], 0
     for name, start, tensor in part_weights(layout, part):
-        if name not in places: continue  # tied to another
+        if name not in places:
+            continue  # tied to another
         file, offset = places[name]
         data, at = tensor_bytes(tensor), offset + start * tensor.element_size()
         write_at(folder / file, at, data)
@@ -161,47 +245,81 @@ EXPORT_RECORD = "moe_nb_export.json"
 def begin_export(layout: Layout, compressed: Path, output: Path, options: dict) -> None:
     "Make the shards of `output` at full size, still without data, unless they are there."
     work = begin_job(output, dict(compressed=sha256(compressed / METADATA), options=options))
-    if finished_piece(work, "shards"): return
-    for file, tensors in layout.shapes.items(): create_file(work / "result" / file, tensors)
+    if finished_piece(work, "shards"):
+        return
+    for file, tensors in layout.shapes.items():
+        create_file(work / "result" / file, tensors)
     finish_piece(work, "shards", [], {})
 
 # %% ../nbs/33_export.ipynb #6c7dbd20
 def finish_export(layout: Layout, folder: Path, compressed: Path, output: Path, tokenizer) -> None:
     "Write everything but the weights."
-    records = folder.parent / "records"  # of their own, since save_pretrained removes shards that it did not write
+    records = (
+        folder.parent / "records"
+    )  # of their own, since save_pretrained removes shards that it did not write
     layout.model.save_pretrained(records, state_dict={})
-    for file in records.iterdir(): file.replace(folder / file.name)
-    if len(layout.shapes) > 1: (folder / INDEXES["safetensors"]).write_text(json.dumps(layout.index, indent=2, sort_keys=True) + "\n")
+    for file in records.iterdir():
+        file.replace(folder / file.name)
+    if len(layout.shapes) > 1:
+        (folder / INDEXES["safetensors"]).write_text(
+            json.dumps(layout.index, indent=2, sort_keys=True) + "\n"
+        )
     record = json.loads((compressed / "compression_config.json").read_text())
     (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=2))
-    write_card(folder, output, record, yaml.safe_load((compressed / "compression_statistics.yaml").read_text()) or {}, exported=True)
-    if tokenizer is not None: tokenizer.save_pretrained(folder)
+    write_card(
+        folder,
+        output,
+        record,
+        yaml.safe_load((compressed / "compression_statistics.yaml").read_text()) or {},
+        exported=True,
+    )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 # %% ../nbs/33_export.ipynb #3847bcb3
 @torch.no_grad()
-def export_to_hf_format(compressed_path: str | Path,  # A compressed directory
-                        original_model_name: str | None,  # Path or hub id, for what the directory lacks
-                        output_path: str | Path,  # New directory
-                        *,
-                        dtype: torch.dtype | str | None = None,  # None: as stored
-                        max_shard_size: str = "5GB"
-                       ) -> Path:
+def export_to_hf_format(
+    compressed_path: str | Path,  # A compressed directory
+    original_model_name: str | None,  # Path or hub id, for what the directory lacks
+    output_path: str | Path,  # New directory
+    *,
+    dtype: torch.dtype | str | None = None,  # None: as stored
+    max_shard_size: str = "5GB",
+) -> Path:
     "Write a standard checkpoint with hub tensor names, with the memory of one layer; atomic. An older export is replaced, nothing else is. Returns `output_path`."
-    state, compressed, output = processes(), Path(compressed_path), Path(os.path.abspath(output_path))
+    state, compressed, output = (
+        processes(),
+        Path(compressed_path),
+        Path(os.path.abspath(output_path)),
+    )
     check_output(output, EXPORT_RECORD)
     verify_directory(compressed, hashes=state.is_main_process)
     layout = export_layout(compressed, dtype, max_shard_size)
-    if state.is_main_process: begin_export(layout, compressed, output, dict(dtype=str(dtype), max_shard_size=max_shard_size))
+    if state.is_main_process:
+        begin_export(
+            layout, compressed, output, dict(dtype=str(dtype), max_shard_size=max_shard_size)
+        )
     state.wait_for_everyone()
-    places = {name: (file, offset) for file, tensors in layout.shapes.items() for name, offset in file_layout(tensors)[1].items()}
+    places = {
+        name: (file, offset)
+        for file, tensors in layout.shapes.items()
+        for name, offset in file_layout(tensors)[1].items()
+    }
     work, mine = work_folder(output), share(layout.parts, state)
     for part in tqdm(mine, desc="exporting", unit="part") if state.is_main_process else mine:
-        if finished_piece(work, part): continue
+        if finished_piece(work, part):
+            continue
         spans, checksum = write_part(layout, part, work / "result", places)
         finish_piece(work, part, spans, {}, checksum)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish_export(layout, work / "result", compressed, output, find_tokenizer(compressed, original_model_name))
+        finish_export(
+            layout,
+            work / "result",
+            compressed,
+            output,
+            find_tokenizer(compressed, original_model_name),
+        )
         complete_job(output)
     state.wait_for_everyone()
     return Path(output_path)

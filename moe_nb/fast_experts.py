@@ -21,9 +21,10 @@ from .hf_names import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
-def expert_chunks(counts: list[int],  # Pairs of each expert
-                  rows: int = 64  # A chunk ends with the expert that reaches so many pairs
-                 ) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+def expert_chunks(
+    counts: list[int],  # Pairs of each expert
+    rows: int = 64,  # A chunk ends with the expert that reaches so many pairs
+) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
     """Yield `(first pair, end, [(expert, its first pair within the chunk, their number), ...])` for the experts that have pairs.
 
     >>> list(expert_chunks([1, 0, 2, 3], rows=3))
@@ -32,17 +33,20 @@ def expert_chunks(counts: list[int],  # Pairs of each expert
     first = end = 0
     chunk = []
     for expert, count in enumerate(counts):
-        if not count: continue
+        if not count:
+            continue
         chunk.append((expert, end - first, count))
         end += count
         if end - first >= rows:
             yield first, end, chunk
             first, chunk = end, []
-    if chunk: yield first, end, chunk
+    if chunk:
+        yield first, end, chunk
 
 # %% ../nbs/12_fast_experts.ipynb #285b6250
 class HostRanks(NamedTuple):
     "Ranks of the experts on the host, where each begins in the factors, and for padding: `rows` per expert, a multiple of eight, and whether nothing must be padded."
+
     ranks: list[int]
     begins: list[int]
     rows: int
@@ -69,7 +73,8 @@ def version_of(value: torch.Tensor) -> float:
 def host_ranks(core: SharedCore, name: str) -> HostRanks:
     "`core.narrow_ranks` or `core.wide_ranks` on the host, read again only when that tensor is another or has changed. A compiled block holds them as constants."
     ranks_E, kept = getattr(core, name), core.__dict__.get("_host_" + name)
-    if kept and kept[0] is ranks_E and kept[1] == version_of(ranks_E): return kept[2]
+    if kept and kept[0] is ranks_E and kept[1] == version_of(ranks_E):
+        return kept[2]
     core.__dict__["_host_" + name] = kept = (ranks_E, version_of(ranks_E), read_ranks(ranks_E))
     return kept[2]
 
@@ -79,30 +84,48 @@ class FactorSlices:
 
     def __init__(self, core: SharedCore, wide_of: SharedCore):
         stored = core._parameters  # found sooner than attributes of the module
-        self.P, self.Q, self.G, self.V = stored["P"], stored["Q"], stored["G"], wide_of._parameters["V"] if stored["V"] is None else stored["V"]
-        (self.narrow, self.narrow_at, *_), (self.wide, self.wide_at, *_) = (host_ranks(core, name) for name in ("narrow_ranks", "wide_ranks"))
+        self.P, self.Q, self.G, self.V = (
+            stored["P"],
+            stored["Q"],
+            stored["G"],
+            wide_of._parameters["V"] if stored["V"] is None else stored["V"],
+        )
+        (self.narrow, self.narrow_at, *_), (self.wide, self.wide_at, *_) = (
+            host_ranks(core, name) for name in ("narrow_ranks", "wide_ranks")
+        )
 
-    def add_narrow_(self, z_pf: torch.Tensor, first_Rf: torch.Tensor, second_Rf: torch.Tensor, expert: int) -> None:
+    def add_narrow_(
+        self, z_pf: torch.Tensor, first_Rf: torch.Tensor, second_Rf: torch.Tensor, expert: int
+    ) -> None:
         "`z += second first^T z`, in place."
         at, rank = self.narrow_at[expert], self.narrow[expert]
-        if rank: z_pf.addmm_(z_pf @ first_Rf.narrow(0, at, rank).t(), second_Rf.narrow(0, at, rank))
+        if rank:
+            z_pf.addmm_(z_pf @ first_Rf.narrow(0, at, rank).t(), second_Rf.narrow(0, at, rank))
 
-    def add_wide_(self, z_pf: torch.Tensor, x_pd: torch.Tensor, expert: int, t_ps: torch.Tensor | None) -> torch.Tensor | None:
+    def add_wide_(
+        self, z_pf: torch.Tensor, x_pd: torch.Tensor, expert: int, t_ps: torch.Tensor | None
+    ) -> torch.Tensor | None:
         "`z += G t` in place, with `t = V^T x` unless it is given; returns `t`."
         at, rank = self.wide_at[expert], self.wide[expert]
-        if not rank: return None
-        if t_ps is None: t_ps = x_pd @ self.V.narrow(0, at, rank).t()
+        if not rank:
+            return None
+        if t_ps is None:
+            t_ps = x_pd @ self.V.narrow(0, at, rank).t()
         z_pf.addmm_(t_ps, self.G.narrow(0, at, rank))
         return t_ps
 
     def to_wide_(self, y_pd: torch.Tensor, h_pf: torch.Tensor, expert: int) -> None:
         "`y = V G^T h`, in place."
         at, rank = self.wide_at[expert], self.wide[expert]
-        if rank: torch.mm(h_pf @ self.G.narrow(0, at, rank).t(), self.V.narrow(0, at, rank), out=y_pd)
-        else: y_pd.zero_()
+        if rank:
+            torch.mm(h_pf @ self.G.narrow(0, at, rank).t(), self.V.narrow(0, at, rank), out=y_pd)
+        else:
+            y_pd.zero_()
 
 # %% ../nbs/12_fast_experts.ipynb #9d64c2f5
-def inner_(gate: FactorSlices, up: FactorSlices, a_p2f: torch.Tensor, x_pd: torch.Tensor, expert: int) -> None:
+def inner_(
+    gate: FactorSlices, up: FactorSlices, a_p2f: torch.Tensor, x_pd: torch.Tensor, expert: int
+) -> None:
     "From `C x` of gate and up to their full products, in place."
     g_pf, u_pf = a_p2f.chunk(2, dim=1)
     gate.add_narrow_(g_pf, gate.Q, gate.P, expert)
@@ -121,47 +144,82 @@ def both_cores(experts: SharedCoreExperts, x_Td: torch.Tensor) -> torch.Tensor:
     "`C x` of gate and up side by side, `[T, 2f]`."
     f = experts.gate.core.shape[0]
     z_T2f = x_Td.new_empty(len(x_Td), 2 * f)
-    for z_Tf, core in zip(z_T2f.split(f, dim=1), (experts.gate, experts.up)): torch.mm(x_Td, core.core.t(), out=z_Tf)
+    for z_Tf, core in zip(z_T2f.split(f, dim=1), (experts.gate, experts.up)):
+        torch.mm(x_Td, core.core.t(), out=z_Tf)
     return z_T2f
 
 
-def token_forward(experts: SharedCoreExperts, slices: tuple, x_1d: torch.Tensor, chosen: list[int], weight_1K: torch.Tensor) -> torch.Tensor:
+def token_forward(
+    experts: SharedCoreExperts,
+    slices: tuple,
+    x_1d: torch.Tensor,
+    chosen: list[int],
+    weight_1K: torch.Tensor,
+) -> torch.Tensor:
     "The forward of one token through the `chosen` experts."
     gate, up, down = slices
-    a_K2f, y_Kd = both_cores(experts, x_1d).repeat(len(chosen), 1), x_1d.new_empty(len(chosen), x_1d.shape[1])
-    for a_12f, expert in zip(a_K2f.split(1), chosen): inner_(gate, up, a_12f, x_1d, expert)
+    a_K2f, y_Kd = (
+        both_cores(experts, x_1d).repeat(len(chosen), 1),
+        x_1d.new_empty(len(chosen), x_1d.shape[1]),
+    )
+    for a_12f, expert in zip(a_K2f.split(1), chosen):
+        inner_(gate, up, a_12f, x_1d, expert)
     h_Kf = experts.template._apply_gate(a_K2f).mul_(weight_1K.t())
-    for y_1d, h_1f, expert in zip(y_Kd.split(1), h_Kf.split(1), chosen): outer_(down, y_1d, h_1f, expert)
-    h_1f, y_1d = (value_Kn.sum(0, keepdim=True, dtype=torch.promote_types(value_Kn.dtype, torch.float32)) for value_Kn in (h_Kf, y_Kd))
+    for y_1d, h_1f, expert in zip(y_Kd.split(1), h_Kf.split(1), chosen):
+        outer_(down, y_1d, h_1f, expert)
+    h_1f, y_1d = (
+        value_Kn.sum(0, keepdim=True, dtype=torch.promote_types(value_Kn.dtype, torch.float32))
+        for value_Kn in (h_Kf, y_Kd)
+    )
     return y_1d.add_(experts.down.to_wide(h_1f.to(x_1d.dtype))).to(x_1d.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #7aa0fb96
-def loop_forward(experts: SharedCoreExperts, x_Td: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def loop_forward(
+    experts: SharedCoreExperts,
+    x_Td: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
     "`plain_forward` without gradient: only chosen experts, no copy of a weight, nothing of the size `[P, d]` but for a chunk of pairs."
-    if torch.is_grad_enabled(): raise ValueError("shared_core_loop has no gradient: use it under torch.no_grad(), or choose shared_core")
-    gate, up, down = (FactorSlices(core, experts.gate) for core in (experts.gate, experts.up, experts.down))
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "shared_core_loop has no gradient: use it under torch.no_grad(), or choose shared_core"
+        )
+    gate, up, down = (
+        FactorSlices(core, experts.gate) for core in (experts.gate, experts.up, experts.down)
+    )
     chosen = top_k_index[0].tolist() if len(x_Td) == 1 else []
-    if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts: return token_forward(experts, (gate, up, down), x_Td, chosen, top_k_weights)
+    if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts:
+        return token_forward(experts, (gate, up, down), x_Td, chosen, top_k_weights)
     token_P, slot_P, counts = sorted_pairs(top_k_index, experts.num_experts)
     weight_P1, f = top_k_weights[token_P, slot_P, None], experts.down.core.shape[0]
     z_T2f = both_cores(experts, x_Td)
-    h_Tf, y_Td = (x_Td.new_zeros(len(x_Td), n, dtype=torch.promote_types(x_Td.dtype, torch.float32)) for n in (f, x_Td.shape[1]))
+    h_Tf, y_Td = (
+        x_Td.new_zeros(len(x_Td), n, dtype=torch.promote_types(x_Td.dtype, torch.float32))
+        for n in (f, x_Td.shape[1])
+    )
     for first, end, chunk in expert_chunks(counts):
         token_p = token_P[first:end]
         x_pd, a_p2f = x_Td.index_select(0, token_p), z_T2f.index_select(0, token_p)
-        for expert, at, count in chunk: inner_(gate, up, a_p2f.narrow(0, at, count), x_pd.narrow(0, at, count), expert)
-        h_pf, y_pd = experts.template._apply_gate(a_p2f).mul_(weight_P1[first:end]), torch.empty_like(x_pd)
-        for expert, at, count in chunk: outer_(down, y_pd.narrow(0, at, count), h_pf.narrow(0, at, count), expert)
+        for expert, at, count in chunk:
+            inner_(gate, up, a_p2f.narrow(0, at, count), x_pd.narrow(0, at, count), expert)
+        h_pf, y_pd = (
+            experts.template._apply_gate(a_p2f).mul_(weight_P1[first:end]),
+            torch.empty_like(x_pd),
+        )
+        for expert, at, count in chunk:
+            outer_(down, y_pd.narrow(0, at, count), h_pf.narrow(0, at, count), expert)
         h_Tf.index_add_(0, token_p, h_pf.to(h_Tf.dtype))
         y_Td.index_add_(0, token_p, y_pd.to(y_Td.dtype))
     return y_Td.add_(experts.down.to_wide(h_Tf.to(x_Td.dtype))).to(x_Td.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #832d9d40
-def padded_rows(ranks_E: torch.Tensor,  # Rank of each expert
-                experts_n: torch.Tensor,  # The experts wanted
-                rows: int,  # Rows for each, no fewer than the largest rank
-                total: int  # Rows that the factor has
-               ) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_rows(
+    ranks_E: torch.Tensor,  # Rank of each expert
+    experts_n: torch.Tensor,  # The experts wanted
+    rows: int,  # Rows for each, no fewer than the largest rank
+    total: int,  # Rows that the factor has
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Row numbers `[n, rows]` of the factor for each wanted expert, and which of them are its own.
 
     >>> [value.tolist() for value in padded_rows(torch.tensor([1, 2]), torch.tensor([1, 0]), 2, 3)]
@@ -169,51 +227,88 @@ def padded_rows(ranks_E: torch.Tensor,  # Rank of each expert
     """
     column_r = torch.arange(rows, device=ranks_E.device)
     first_E = ranks_E.cumsum(0) - ranks_E
-    return (first_E[experts_n, None] + column_r).clamp_(max=total - 1), column_r < ranks_E[experts_n, None]
+    return (first_E[experts_n, None] + column_r).clamp_(max=total - 1), column_r < ranks_E[
+        experts_n, None
+    ]
 
 # %% ../nbs/12_fast_experts.ipynb #1e408dcd
 class Routing(NamedTuple):
     "How pairs meet the factors of their experts."
+
     token_P: torch.Tensor
     expert_P: torch.Tensor
     weight_P1: torch.Tensor
     chosen_n: torch.Tensor  # Experts whose factors are laid out: all of them, or that of each pair
-    ends_E: torch.Tensor | None  # End of the pairs of each expert; None where each pair has its own factors
+    ends_E: (
+        torch.Tensor | None
+    )  # End of the pairs of each expert; None where each pair has its own factors
     inverse_P: torch.Tensor  # Where each pair went
 
     def times(self, value_Pn: torch.Tensor, factor_znm: torch.Tensor) -> torch.Tensor:
         "Each row of `value_Pn` times the factor of its expert, `[P, m]`."
-        if self.ends_E is None: return torch.bmm(value_Pn.unsqueeze(1), factor_znm).squeeze(1)
-        if value_Pn.dtype == torch.float64: return torch.ops.transformers.grouped_mm_fallback(value_Pn, factor_znm, self.ends_E)
+        if self.ends_E is None:
+            return torch.bmm(value_Pn.unsqueeze(1), factor_znm).squeeze(1)
+        if value_Pn.dtype == torch.float64:
+            return torch.ops.transformers.grouped_mm_fallback(value_Pn, factor_znm, self.ends_E)
         return _grouped_mm(value_Pn, factor_znm, self.ends_E)
 
     def per_token(self, value_Pn: torch.Tensor, tokens: int) -> torch.Tensor:
         "Sum over the experts of each token, `[T, n]`, in at least fp32, always in the same order."
-        return value_Pn[self.inverse_P].unflatten(0, (tokens, -1)).sum(1, dtype=torch.promote_types(value_Pn.dtype, torch.float32))
+        return (
+            value_Pn[self.inverse_P]
+            .unflatten(0, (tokens, -1))
+            .sum(1, dtype=torch.promote_types(value_Pn.dtype, torch.float32))
+        )
 
 # %% ../nbs/12_fast_experts.ipynb #fe5d0335
-def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, grouped: bool) -> Routing:
+def route(
+    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, grouped: bool
+) -> Routing:
     "Lay out the pairs without asking the host. Indices beyond the last expert count nothing; negative ones are not noticed."
-    expert_P, weight_P = (value.flatten() for value in (top_k_index.clamp(max=num_experts - 1), top_k_weights.masked_fill(top_k_index >= num_experts, 0)))
+    expert_P, weight_P = (
+        value.flatten()
+        for value in (
+            top_k_index.clamp(max=num_experts - 1),
+            top_k_weights.masked_fill(top_k_index >= num_experts, 0),
+        )
+    )
     order_P = torch.arange(expert_P.numel(), device=expert_P.device)
-    token_P, all_E = order_P // top_k_index.shape[1], torch.arange(num_experts, device=expert_P.device)
-    if not grouped: return Routing(token_P, expert_P, weight_P[:, None], expert_P, None, order_P)
+    token_P, all_E = (
+        order_P // top_k_index.shape[1],
+        torch.arange(num_experts, device=expert_P.device),
+    )
+    if not grouped:
+        return Routing(token_P, expert_P, weight_P[:, None], expert_P, None, order_P)
     expert_P, sort_P = torch.sort(expert_P, stable=True)
     ends_E = torch.searchsorted(expert_P, all_E, right=True, out_int32=True)
-    return Routing(token_P[sort_P], expert_P, weight_P[sort_P, None], all_E, ends_E, torch.empty_like(sort_P).scatter_(0, sort_P, order_P))
+    return Routing(
+        token_P[sort_P],
+        expert_P,
+        weight_P[sort_P, None],
+        all_E,
+        ends_E,
+        torch.empty_like(sort_P).scatter_(0, sort_P, order_P),
+    )
 
 # %% ../nbs/12_fast_experts.ipynb #bf187917
 class Padding(NamedTuple):
     "How ragged factors become one tensor for a `Routing`."
+
     rows: int
     row_nr: torch.Tensor | None  # None: the factors are views already
     mask_Pr: torch.Tensor | None  # None: all ranks are equal
 
     def lay(self, factor_Rn: torch.Tensor) -> torch.Tensor:
         "`[n, r, width]`."
-        return factor_Rn.unflatten(0, (-1, self.rows)) if self.row_nr is None else factor_Rn[self.row_nr]
+        return (
+            factor_Rn.unflatten(0, (-1, self.rows))
+            if self.row_nr is None
+            else factor_Rn[self.row_nr]
+        )
 
-    def project(self, value_Pn: torch.Tensor, factor_Rn: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def project(
+        self, value_Pn: torch.Tensor, factor_Rn: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
         "Each value against the rows of its expert, zero beyond its rank: `[P, r]`."
         t_Pr = routing.times(value_Pn, self.lay(factor_Rn).transpose(1, 2))
         return t_Pr if self.mask_Pr is None else t_Pr.masked_fill(~self.mask_Pr, 0)
@@ -226,11 +321,17 @@ class Padding(NamedTuple):
 def padding(core: SharedCore, name: str, routing: Routing) -> Padding | None:
     "For the factors whose ranks are `name` (narrow_ranks or wide_ranks); None where all of them are zero."
     bounds, ranks_E = host_ranks(core, name), getattr(core, name)
-    if not bounds.rows: return None
+    if not bounds.rows:
+        return None
     total = len(core.G if name == "wide_ranks" else core.P)
-    mask_Pr = None if bounds.equal else padded_rows(ranks_E, routing.expert_P, bounds.rows, total)[1]
-    if bounds.equal and routing.ends_E is not None: return Padding(bounds.rows, None, mask_Pr)
-    return Padding(bounds.rows, padded_rows(ranks_E, routing.chosen_n, bounds.rows, total)[0], mask_Pr)
+    mask_Pr = (
+        None if bounds.equal else padded_rows(ranks_E, routing.expert_P, bounds.rows, total)[1]
+    )
+    if bounds.equal and routing.ends_E is not None:
+        return Padding(bounds.rows, None, mask_Pr)
+    return Padding(
+        bounds.rows, padded_rows(ranks_E, routing.chosen_n, bounds.rows, total)[0], mask_Pr
+    )
 
 # %% ../nbs/12_fast_experts.ipynb #9069971a
 def static_inner(experts: SharedCoreExperts, x_Td: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -239,23 +340,41 @@ def static_inner(experts: SharedCoreExperts, x_Td: torch.Tensor, routing: Routin
     for core in (experts.gate, experts.up):
         a_Pf = z_Pf = core.to_narrow(x_Td)[routing.token_P]
         narrow, wide = (padding(core, name, routing) for name in ("narrow_ranks", "wide_ranks"))
-        if narrow: a_Pf = a_Pf + narrow.expand(narrow.project(z_Pf, core.Q, routing), core.P, routing)
-        if wide and core.V is not None: t_Ps = wide.project(x_Pd, core.V, routing)
-        if wide: a_Pf = a_Pf + wide.expand(t_Ps, core.G, routing)
+        if narrow:
+            a_Pf = a_Pf + narrow.expand(narrow.project(z_Pf, core.Q, routing), core.P, routing)
+        if wide and core.V is not None:
+            t_Ps = wide.project(x_Pd, core.V, routing)
+        if wide:
+            a_Pf = a_Pf + wide.expand(t_Ps, core.G, routing)
         parts.append(a_Pf)
     return torch.cat(parts, dim=1)
 
 # %% ../nbs/12_fast_experts.ipynb #db7525ec
-def static_forward(experts: SharedCoreExperts, x_Td: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *, grouped: bool) -> torch.Tensor:
+def static_forward(
+    experts: SharedCoreExperts,
+    x_Td: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    grouped: bool,
+) -> torch.Tensor:
     "`plain_forward` with shapes that depend on `T` alone and no wait for the host; differentiable."
-    if not len(x_Td): return x_Td.clone()
+    if not len(x_Td):
+        return x_Td.clone()
     routing, down = route(top_k_index, top_k_weights, experts.num_experts, grouped), experts.down
     h_Pf = experts.template._apply_gate(static_inner(experts, x_Td, routing))
     h_Pf = h_Pf * routing.weight_P1.to(h_Pf.dtype)
     narrow, wide = (padding(down, name, routing) for name in ("narrow_ranks", "wide_ranks"))
-    through_Pf = h_Pf + narrow.expand(narrow.project(h_Pf, down.P, routing), down.Q, routing) if narrow else h_Pf
+    through_Pf = (
+        h_Pf + narrow.expand(narrow.project(h_Pf, down.P, routing), down.Q, routing)
+        if narrow
+        else h_Pf
+    )
     y_Td = down.to_wide(routing.per_token(through_Pf, len(x_Td)).to(x_Td.dtype))
-    if wide: y_Td = y_Td + routing.per_token(wide.expand(wide.project(h_Pf, down.G, routing), down.V, routing), len(x_Td))
+    if wide:
+        y_Td = y_Td + routing.per_token(
+            wide.expand(wide.project(h_Pf, down.G, routing), down.V, routing), len(x_Td)
+        )
     return y_Td.to(x_Td.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #e7c2f5ac
@@ -275,33 +394,66 @@ USUAL = Layout(), Layout(is_transposed=True)
 def is_usual(experts: SharedCoreExperts) -> bool:
     "Whether the fast forms know the layout of `experts`: all three projections compressed; no bias, no norm after down, no identity experts, gate and up one after the other."
     parts = experts._modules
-    return experts.layout in USUAL and type(parts["gate"]) is type(parts["up"]) is type(parts["down"]) is SharedCore and hasattr(experts.template, "_apply_gate")
+    return (
+        experts.layout in USUAL
+        and type(parts["gate"]) is type(parts["up"]) is type(parts["down"]) is SharedCore
+        and hasattr(experts.template, "_apply_gate")
+    )
 
 
-def fastest(experts: SharedCoreExperts, x_Td: torch.Tensor, top_k_index: torch.Tensor | None = None) -> Callable:
+def fastest(
+    experts: SharedCoreExperts, x_Td: torch.Tensor, top_k_index: torch.Tensor | None = None
+) -> Callable:
     "The form of the forward for this call: plain where a gradient is wanted on the CPU, and for what the others do not know."
     plain, core = SharedCoreExperts.plain_forward, experts.down
-    if top_k_index is None or not is_usual(experts): return plain
-    if (x_Td.device, x_Td.dtype) != (core.core.device, core.core.dtype) or torch.is_autocast_enabled(x_Td.device.type): return plain
-    if x_Td.device.type == "cpu" and not torch.compiler.is_compiling(): return plain if torch.is_grad_enabled() else loop_forward
+    if top_k_index is None or not is_usual(experts):
+        return plain
+    if (x_Td.device, x_Td.dtype) != (
+        core.core.device,
+        core.core.dtype,
+    ) or torch.is_autocast_enabled(x_Td.device.type):
+        return plain
+    if x_Td.device.type == "cpu" and not torch.compiler.is_compiling():
+        return plain if torch.is_grad_enabled() else loop_forward
     return pairs_forward if top_k_index.numel() <= experts.num_experts else grouped_forward
 
 # %% ../nbs/12_fast_experts.ipynb #a5b16a01
-def shared_core_forward(experts: SharedCoreExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor | None = None, top_k_weights: torch.Tensor | None = None) -> torch.Tensor:
+def shared_core_forward(
+    experts: SharedCoreExperts,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor | None = None,
+    top_k_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     "The forward that `fastest` names."
-    return fastest(experts, hidden_states, top_k_index)(experts, hidden_states, top_k_index, top_k_weights)
+    return fastest(experts, hidden_states, top_k_index)(
+        experts, hidden_states, top_k_index, top_k_weights
+    )
 
 
 def switched(name: str, compute: Callable, any_layout: bool) -> Callable:
     "`compute` as the experts implementation `name` of transformers, which hands it plain experts too."
+
     @wraps(compute)
     def experts_forward(module, *args, **kwargs):
-        if not isinstance(module, SharedCoreExperts): return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args, **kwargs)
-        if any_layout or is_usual(module): return compute(module, *args, **kwargs)
-        raise ValueError(f"{name} does not know the experts of {type(module.template).__name__} as they are compressed here: choose shared_core, which takes the plain form for them")
+        if not isinstance(module, SharedCoreExperts):
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args, **kwargs)
+        if any_layout or is_usual(module):
+            return compute(module, *args, **kwargs)
+        raise ValueError(
+            f"{name} does not know the experts of {type(module.template).__name__} as they are compressed here: choose shared_core, which takes the plain form for them"
+        )
+
     return experts_forward
 
 # %% ../nbs/12_fast_experts.ipynb #123de817
-FORMS = {"shared_core": shared_core_forward, "shared_core_plain": SharedCoreExperts.plain_forward, "shared_core_loop": loop_forward,
-         "shared_core_grouped": grouped_forward, "shared_core_pairs": pairs_forward}
-for name, compute in FORMS.items(): ALL_EXPERTS_FUNCTIONS.register(name, switched(name, compute, any_layout=name in ("shared_core", "shared_core_plain")))
+FORMS = {
+    "shared_core": shared_core_forward,
+    "shared_core_plain": SharedCoreExperts.plain_forward,
+    "shared_core_loop": loop_forward,
+    "shared_core_grouped": grouped_forward,
+    "shared_core_pairs": pairs_forward,
+}
+for name, compute in FORMS.items():
+    ALL_EXPERTS_FUNCTIONS.register(
+        name, switched(name, compute, any_layout=name in ("shared_core", "shared_core_plain"))
+    )

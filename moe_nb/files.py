@@ -40,7 +40,9 @@ def sync(*paths: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     "Yield the path to write to; when the block succeeds it becomes `path`, even after a crash, else it is removed."
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which says how to write
+    temporary = path.with_name(
+        f".{os.getpid()}.{path.name}"
+    )  # keeps the suffix, which says how to write
     try:
         yield temporary
         sync(temporary)
@@ -107,7 +109,9 @@ def append_line(file: Path, row: dict) -> None:
         try:
             written = os.write(handle, line)
             if written < len(line):
-                raise OSError(f"{file}: only {written} of {len(line)} bytes could be written: is the disk full?")
+                raise OSError(
+                    f"{file}: only {written} of {len(line)} bytes could be written: is the disk full?"
+                )
             os.fsync(handle)
         except OSError:
             os.ftruncate(handle, size)
@@ -297,7 +301,9 @@ def finish_piece(
     sync(*files, *{file.parent for file in files})
     if checksum is None:
         checksum = spans_checksum(folder, spans)
-    replace_text(entry_path(folder, piece), json.dumps({**found, "spans": spans, "checksum": checksum}))
+    replace_text(
+        entry_path(folder, piece), json.dumps({**found, "spans": spans, "checksum": checksum})
+    )
 
 
 def finished_piece(

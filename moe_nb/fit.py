@@ -21,24 +21,26 @@ from .shared_core import SharedCore
 # %% ../nbs/22_fit.ipynb #f3467eef
 def relative_error(X: torch.Tensor, X_hat: torch.Tensor) -> float:
     "Squared Frobenius error of `X_hat` relative to the squared norm of `X`: 0 is exact, 1 is no better than zeros."
-    error = energy = 0.
+    error = energy = 0.0
     for part in parts(X):
         error += torch.linalg.vector_norm(X_hat[part].float() - X[part].float()).item() ** 2
         energy += torch.linalg.vector_norm(X[part].float()).item() ** 2
     return error / energy
 
 # %% ../nbs/22_fit.ipynb #e3e75d48
-def balance(u: torch.Tensor,  # Rows are directions, `[..., r, m]`
-            v: torch.Tensor  # Rows are directions, `[..., r, n]`
-           ) -> tuple[torch.Tensor, torch.Tensor]:
+def balance(
+    u: torch.Tensor,  # Rows are directions, `[..., r, m]`
+    v: torch.Tensor,  # Rows are directions, `[..., r, n]`
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Rescale each pair of rows so that |u_j| = |v_j|; their product stays the same. A zero row makes its partner zero."
     norm_u, norm_v = u.norm(dim=-1, keepdim=True), v.norm(dim=-1, keepdim=True)
     norm = (norm_u * norm_v).sqrt()
     return u * (norm / norm_u).nan_to_num(0, 0, 0), v * (norm / norm_v).nan_to_num(0, 0, 0)
 
 # %% ../nbs/22_fit.ipynb #4238e7ef
-def principal_directions(R: torch.Tensor  # Matrices, `[..., m, n]`
-                        ) -> tuple[torch.Tensor, torch.Tensor]:
+def principal_directions(
+    R: torch.Tensor,  # Matrices, `[..., m, n]`
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Left `[..., k, m]` and right `[..., k, n]` singular directions as rows, strongest first, k = min(m, n); left transposed times right is `R`."
     wide = R.shape[-2] <= R.shape[-1]
     small = R if wide else R.mT
@@ -58,11 +60,12 @@ def expert_weights(moments: Moments) -> torch.Tensor:
 @dataclass(kw_only=True)
 class Group:
     "Projections of one layer that share V, stacked (m = B f), with their metric; `fit_budget` fills in core, directions and ranks."
+
     X_Emd: torch.Tensor  # Weights, down transposed
     blocks: int  # B: 2 for gate and up, 1 for down
     A_Emm: torch.Tensor | None = None  # Cholesky factor of the metric A; None (with B): unweighted
     B_Edd: torch.Tensor | None = None  # Cholesky factor of the metric B
-    weight: float = 1.  # Sensitivity of the layer
+    weight: float = 1.0  # Sensitivity of the layer
     core_md: torch.Tensor | None = None
     left_Ekm: torch.Tensor | None = None  # Left directions of the whitened residual, rows
     right_Ekd: torch.Tensor | None = None  # Right directions, rows
@@ -71,10 +74,15 @@ class Group:
 
     def whiten(self, value_Emd: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
         "Values of some experts in the metric of the group."
-        return value_Emd.float() if self.A_Emm is None else self.A_Emm[part].mT @ value_Emd.float() @ self.B_Edd[part]
+        return (
+            value_Emd.float()
+            if self.A_Emm is None
+            else self.A_Emm[part].mT @ value_Emd.float() @ self.B_Edd[part]
+        )
 
     @property
-    def price(self) -> int: return sum(self.X_Emd.shape[1:])  # numbers stored per direction
+    def price(self) -> int:
+        return sum(self.X_Emd.shape[1:])  # numbers stored per direction
 
     @property
     def fixed(self) -> int:
@@ -82,25 +90,42 @@ class Group:
         return self.X_Emd[0].numel() + 2 * self.blocks * len(self.X_Emd) + 3
 
     @property
-    def stored(self) -> int: return self.fixed + int(self.ranks_E.sum()) * self.price
+    def stored(self) -> int:
+        return self.fixed + int(self.ranks_E.sum()) * self.price
 
 # %% ../nbs/22_fit.ipynb #fb3ea857
-def make_group(X_BEfd: torch.Tensor, moments: Moments | None = None, down_Efd: torch.Tensor | None = None) -> Group:
+def make_group(
+    X_BEfd: torch.Tensor, moments: Moments | None = None, down_Efd: torch.Tensor | None = None
+) -> Group:
     "The group of gate and up, or what there is of them (`down_Efd` given: their sensitivity), or of down, weighted by `moments`; unweighted without them."
     B, E, f, d = X_BEfd.shape
     X_Emd = X_BEfd.transpose(0, 1).reshape(E, B * f, d)
-    if moments is None: return Group(X_Emd=X_Emd, blocks=B)
-    if down_Efd is None: A_Emm, B_Edd = expert_weights(moments) * shrunk_mean(moments.hidden, moments), torch.eye(d, device=X_Emd.device).expand(E, d, d)
+    if moments is None:
+        return Group(X_Emd=X_Emd, blocks=B)
+    if down_Efd is None:
+        A_Emm, B_Edd = (
+            expert_weights(moments) * shrunk_mean(moments.hidden, moments),
+            torch.eye(d, device=X_Emd.device).expand(E, d, d),
+        )
     else:
-        A_Emm = (down_Efd.float() @ down_Efd.float().mT).repeat(1, B, B) * shrunk_mean(moments.slopes, moments)
+        A_Emm = (down_Efd.float() @ down_Efd.float().mT).repeat(1, B, B) * shrunk_mean(
+            moments.slopes, moments
+        )
         B_Edd = expert_weights(moments) * shrunk_mean(moments.inputs, moments)
-    return Group(X_Emd=X_Emd, blocks=B, A_Emm=torch.linalg.cholesky(A_Emm), B_Edd=torch.linalg.cholesky(B_Edd), weight=moments.sensitivity)
+    return Group(
+        X_Emd=X_Emd,
+        blocks=B,
+        A_Emm=torch.linalg.cholesky(A_Emm),
+        B_Edd=torch.linalg.cholesky(B_Edd),
+        weight=moments.sensitivity,
+    )
 
 # %% ../nbs/22_fit.ipynb #6718c86e
-def leading_directions(R_Emd: torch.Tensor,
-                       start_Ekd: torch.Tensor,  # Rows to start from
-                       sweeps: int
-                      ) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_directions(
+    R_Emd: torch.Tensor,
+    start_Ekd: torch.Tensor,  # Rows to start from
+    sweeps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "As `principal_directions`, but only about the k strongest."
     for _ in range(sweeps):
         left_Emk = torch.linalg.qr(R_Emd @ start_Ekd.mT).Q
@@ -110,14 +135,22 @@ def leading_directions(R_Emd: torch.Tensor,
 
 # %% ../nbs/22_fit.ipynb #05497d28
 EXACT = 512  # Largest smaller side of a matrix of which all directions are found
-SPREAD, OVERSAMPLING, SWEEPS = 1.15, 16, 2  # Directions found per expert, relative to the mean rank, and beyond; products at first, later one
+SPREAD, OVERSAMPLING, SWEEPS = (
+    1.15,
+    16,
+    2,
+)  # Directions found per expert, relative to the mean rank, and beyond; products at first, later one
 
 
 def directions_to_find(group: "Group", budget: float) -> int:
     "How many directions of each expert are worth finding: somewhat more than the mean that `budget` pays for; all of small ones, and where data make experts differ."
     largest = min(group.X_Emd.shape[1:])
     mean = max(0, budget - group.fixed) / (group.price * len(group.X_Emd))
-    return largest if largest <= EXACT or group.A_Emm is not None else min(largest, int(SPREAD * mean) + OVERSAMPLING)
+    return (
+        largest
+        if largest <= EXACT or group.A_Emm is not None
+        else min(largest, int(SPREAD * mean) + OVERSAMPLING)
+    )
 
 # %% ../nbs/22_fit.ipynb #2f4a4080
 def find_directions(group: Group, count: int | None = None) -> None:
@@ -125,35 +158,64 @@ def find_directions(group: Group, count: int | None = None) -> None:
     (_, m, d), found, start = group.X_Emd.shape, [], group.right_Ekd
     for part in parts(group.X_Emd):
         residual_Emd = group.whiten(group.X_Emd[part] - group.core_md, part)
-        if count is None or count >= min(m, d): left_Ekm, right_Ekd = principal_directions(residual_Emd)
+        if count is None or count >= min(m, d):
+            left_Ekm, right_Ekd = principal_directions(residual_Emd)
         else:
-            random_kd = torch.randn(count, d, generator=torch.Generator().manual_seed(count)).to(residual_Emd)
-            left_Ekm, right_Ekd = leading_directions(residual_Emd, random_kd.expand(len(residual_Emd), count, d) if start is None else start[part], SWEEPS if start is None else 1)
+            random_kd = torch.randn(count, d, generator=torch.Generator().manual_seed(count)).to(
+                residual_Emd
+            )
+            left_Ekm, right_Ekd = leading_directions(
+                residual_Emd,
+                random_kd.expand(len(residual_Emd), count, d) if start is None else start[part],
+                SWEEPS if start is None else 1,
+            )
         energy_E1 = group.whiten(group.X_Emd[part], part).square().sum((1, 2))[:, None]
         squares_Ek = left_Ekm.square().sum(-1) * right_Ekd.square().sum(-1)
         real_Ek = squares_Ek > 1e-12 * energy_E1
-        found.append((left_Ekm * real_Ek[:, :, None], right_Ekd * real_Ek[:, :, None], squares_Ek * real_Ek))
+        found.append(
+            (left_Ekm * real_Ek[:, :, None], right_Ekd * real_Ek[:, :, None], squares_Ek * real_Ek)
+        )
     group.left_Ekm, group.right_Ekd, group.squares_Ek = map(torch.cat, zip(*found))
 
 # %% ../nbs/22_fit.ipynb #16e4dee8
 def allocate(groups: list[Group], budget: float, multiple: int = 1) -> None:
     "Ranks of all experts of all `groups` that buy most for `budget` numbers in all, cores included; directions are bought `multiple` at a time."
-    chunks = [group.squares_Ek[:, :group.squares_Ek.shape[1] // multiple * multiple].unflatten(1, (-1, multiple)).sum(-1) for group in groups]
-    gains = torch.cat([(group.weight / group.price * chunk_Ek).flatten().cpu() for group, chunk_Ek in zip(groups, chunks)])
-    prices = torch.cat([torch.full((chunk_Ek.numel(),), float(multiple * group.price), dtype=torch.float64) for group, chunk_Ek in zip(groups, chunks)])
+    chunks = [
+        group.squares_Ek[:, : group.squares_Ek.shape[1] // multiple * multiple]
+        .unflatten(1, (-1, multiple))
+        .sum(-1)
+        for group in groups
+    ]
+    gains = torch.cat(
+        [
+            (group.weight / group.price * chunk_Ek).flatten().cpu()
+            for group, chunk_Ek in zip(groups, chunks)
+        ]
+    )
+    prices = torch.cat(
+        [
+            torch.full((chunk_Ek.numel(),), float(multiple * group.price), dtype=torch.float64)
+            for group, chunk_Ek in zip(groups, chunks)
+        ]
+    )
     order = gains.argsort(descending=True, stable=True)
     affordable = prices[order].cumsum(0) <= budget - sum(group.fixed for group in groups)
     taken = torch.zeros(len(gains), dtype=torch.bool)
     taken[order[affordable]] = True
     taken &= gains > 0
-    for group, chunk_Ek, chosen in zip(groups, chunks, taken.split([chunk_Ek.numel() for chunk_Ek in chunks])):
+    for group, chunk_Ek, chosen in zip(
+        groups, chunks, taken.split([chunk_Ek.numel() for chunk_Ek in chunks])
+    ):
         group.ranks_E = multiple * chosen.view(chunk_Ek.shape).sum(1).to(chunk_Ek.device)
 
 # %% ../nbs/22_fit.ipynb #2a974f6a
 def wide_factors(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     "Balanced G `[E, k, m]` and V `[E, k, d]` of all directions, back from the metric; rows beyond an expert's rank are zero."
-    keep_Ek1 = (torch.arange(group.left_Ekm.shape[1], device=group.ranks_E.device) < group.ranks_E[:, None])[:, :, None]
-    if group.A_Emm is None: return balance(group.left_Ekm * keep_Ek1, group.right_Ekd * keep_Ek1)
+    keep_Ek1 = (
+        torch.arange(group.left_Ekm.shape[1], device=group.ranks_E.device) < group.ranks_E[:, None]
+    )[:, :, None]
+    if group.A_Emm is None:
+        return balance(group.left_Ekm * keep_Ek1, group.right_Ekd * keep_Ek1)
     G_Ekm = torch.linalg.solve_triangular(group.A_Emm.mT, group.left_Ekm.mT, upper=True).mT
     V_Ekd = torch.linalg.solve_triangular(group.B_Edd.mT, group.right_Ekd.mT, upper=True).mT
     return balance(G_Ekm * keep_Ek1, V_Ekd * keep_Ek1)
@@ -161,13 +223,17 @@ def wide_factors(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
 # %% ../nbs/22_fit.ipynb #2ab99f0a
 def weighted_core(group: Group, target_Emd: torch.Tensor, steps: int = 4) -> torch.Tensor:
     "Core `[m, d]` that minimises the weighted error to `target_Emd`: preconditioned conjugate gradients from the present core."
-    A_Emm, B_Edd = group.A_Emm @ group.A_Emm.mT, group.B_Edd @ group.B_Edd.mT  # the metrics themselves
+    A_Emm, B_Edd = (
+        group.A_Emm @ group.A_Emm.mT,
+        group.B_Edd @ group.B_Edd.mT,
+    )  # the metrics themselves
     A_mm, B_dd = (torch.linalg.inv(moment.mean(0)) for moment in (A_Emm, B_Edd))
     core_md, residual_md = group.core_md, (A_Emm @ (target_Emd - group.core_md) @ B_Edd).sum(0)
     direction_md = better_md = A_mm @ residual_md @ B_dd
     energy = start = (residual_md * better_md).sum()
     for _ in range(steps):
-        if energy <= 1e-10 * start: break
+        if energy <= 1e-10 * start:
+            break
         applied_md = (A_Emm @ direction_md @ B_Edd).sum(0)
         alpha = energy / (direction_md * applied_md).sum()
         core_md, residual_md = core_md + alpha * direction_md, residual_md - alpha * applied_md
@@ -180,8 +246,12 @@ def weighted_core(group: Group, target_Emd: torch.Tensor, steps: int = 4) -> tor
 def improve_core(group: Group) -> None:
     "The best core for the directions that `allocate` chose."
     G_Ekm, V_Ekd = wide_factors(group)
-    if group.A_Emm is not None: group.core_md = weighted_core(group, group.X_Emd - G_Ekm.mT @ V_Ekd)
-    else: group.core_md = expert_mean(group.X_Emd) - G_Ekm.flatten(0, 1).T @ V_Ekd.flatten(0, 1) / len(group.X_Emd)
+    if group.A_Emm is not None:
+        group.core_md = weighted_core(group, group.X_Emd - G_Ekm.mT @ V_Ekd)
+    else:
+        group.core_md = expert_mean(group.X_Emd) - G_Ekm.flatten(0, 1).T @ V_Ekd.flatten(
+            0, 1
+        ) / len(group.X_Emd)
 
 # %% ../nbs/22_fit.ipynb #299cbe02
 def check_budget(budget: float, smallest: int, original: int) -> None:
@@ -191,22 +261,30 @@ def check_budget(budget: float, smallest: int, original: int) -> None:
     Traceback (most recent call last):
     ValueError: ratio 0.1 is too small: the smallest possible is 0.2100
     """
-    if budget < smallest: raise ValueError(f"ratio {budget / original:.4g} is too small: the smallest possible is {math.ceil(10000 * smallest / original) / 10000:.4f}")
+    if budget < smallest:
+        raise ValueError(
+            f"ratio {budget / original:.4g} is too small: the smallest possible is {math.ceil(10000 * smallest / original) / 10000:.4f}"
+        )
 
 # %% ../nbs/22_fit.ipynb #3cc5c0f0
 def fit_round(group: Group, budget: float, first: bool) -> None:
     "One round of one group with about `budget` numbers: the core for the directions that were chosen, or at `first` the mean; and the directions of what it leaves."
-    if first: group.core_md = expert_mean(group.X_Emd)
-    else: improve_core(group)
+    if first:
+        group.core_md = expert_mean(group.X_Emd)
+    else:
+        improve_core(group)
     find_directions(group, directions_to_find(group, budget))
 
 # %% ../nbs/22_fit.ipynb #7bee21d0
 def fit_budget(groups: list[Group], budget: float, rounds: int = 8, multiple: int = 1) -> None:
     "Fit all `groups` within `budget` numbers in all: rounds of directions, allocation, core; the directions have the last word."
-    check_budget(budget, sum(group.fixed for group in groups), sum(group.X_Emd.numel() for group in groups))
+    check_budget(
+        budget, sum(group.fixed for group in groups), sum(group.X_Emd.numel() for group in groups)
+    )
     total = sum(group.X_Emd.numel() for group in groups)
     for round in range(rounds):
-        for group in groups: fit_round(group, budget * group.X_Emd.numel() / total, first=round == 0)
+        for group in groups:
+            fit_round(group, budget * group.X_Emd.numel() / total, first=round == 0)
         allocate(groups, budget, multiple)
 
 # %% ../nbs/22_fit.ipynb #cabf676c
@@ -216,14 +294,30 @@ def pack_group(group: Group) -> list[SharedCore]:
     keep_Ek = torch.arange(G_Ekm.shape[1], device=G_Ekm.device) < group.ranks_E[:, None]
     G_Sm, V_Sd, f = G_Ekm[keep_Ek], V_Ekd[keep_Ek], group.core_md.shape[0] // group.blocks
     none, ranks = G_Sm.new_zeros(0, f), group.ranks_E.to(torch.int32)
-    return [SharedCore(core=core, P=none.clone(), Q=none.clone(), G=G, V=V_Sd if block == 0 else None, narrow_ranks=torch.zeros_like(ranks), wide_ranks=ranks.clone())
-            for block, (core, G) in enumerate(zip(group.core_md.split(f), G_Sm.split(f, dim=1)))]
+    return [
+        SharedCore(
+            core=core,
+            P=none.clone(),
+            Q=none.clone(),
+            G=G,
+            V=V_Sd if block == 0 else None,
+            narrow_ranks=torch.zeros_like(ranks),
+            wide_ranks=ranks.clone(),
+        )
+        for block, (core, G) in enumerate(zip(group.core_md.split(f), G_Sm.split(f, dim=1)))
+    ]
 
 # %% ../nbs/22_fit.ipynb #c512e784
-def fit_operations(B: int, E: int, f: int, d: int, rounds: int = 8, core_steps: int = 4,
-                   weighted: bool = True,  # By both metrics
-                   count: int | None = None  # Directions found per expert; None: all
-                  ) -> float:
+def fit_operations(
+    B: int,
+    E: int,
+    f: int,
+    d: int,
+    rounds: int = 8,
+    core_steps: int = 4,
+    weighted: bool = True,  # By both metrics
+    count: int | None = None,  # Directions found per expert; None: all
+) -> float:
     """Floating-point operations of the fit of one group of projections.
 
     >>> f"{fit_operations(2, 32, 64, 128) / 1e9:.0f} billion"
@@ -231,7 +325,16 @@ def fit_operations(B: int, E: int, f: int, d: int, rounds: int = 8, core_steps: 
     """
     m, k = B * f, min(B * f, d)
     metric = 2 * E * m * d * (m + d) if weighted else 0  # a product with both metrics
-    core = 2 * E * m * d * (count or k) + (E * k * (m**2 + d**2) + 2 * E * (m**3 + d**3) if weighted else 0) + (core_steps + 1) * metric
-    if count is None or count >= k: return rounds * (2 * metric + E * (4 * k * m * d + 9 * k**3)) + (rounds - 1) * core
+    core = (
+        2 * E * m * d * (count or k)
+        + (E * k * (m**2 + d**2) + 2 * E * (m**3 + d**3) if weighted else 0)
+        + (core_steps + 1) * metric
+    )
+    if count is None or count >= k:
+        return rounds * (2 * metric + E * (4 * k * m * d + 9 * k**3)) + (rounds - 1) * core
     sweep = E * (4 * m * d * count + 4 * m * count**2)
-    return (rounds + SWEEPS - 1) * sweep + rounds * (2 * metric + 9 * E * count**3) + (rounds - 1) * core
+    return (
+        (rounds + SWEEPS - 1) * sweep
+        + rounds * (2 * metric + 9 * E * count**3)
+        + (rounds - 1) * core
+    )

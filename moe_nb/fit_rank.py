@@ -15,9 +15,10 @@ from .fit import balance, check_budget, principal_directions
 from .shared_core import SharedCore
 
 # %% ../nbs/23_fit_rank.ipynb #72a3f8db
-def best_low_rank(R: torch.Tensor,  # Matrices to approximate, `[..., m, n]`
-                  rank: int
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+def best_low_rank(
+    R: torch.Tensor,  # Matrices to approximate, `[..., m, n]`
+    rank: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Balanced `[..., rank, m]` and `[..., rank, n]` whose product (first transposed) is the best approximation of `R` (Eckart-Young)."
     left, right = principal_directions(R)
     return balance(left[..., :rank, :], right[..., :rank, :])
@@ -30,50 +31,73 @@ def best_wide(residual_BEfd: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
     return G_Esm.unflatten(2, (B, f)).permute(2, 0, 1, 3), V_Esd
 
 # %% ../nbs/23_fit_rank.ipynb #54511f90
-def best_narrow(residual_BEfd: torch.Tensor, core_Bfd: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def best_narrow(
+    residual_BEfd: torch.Tensor, core_Bfd: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     "P, Q `[B, E, r, f]`, balanced, that minimise `|R - P Q^T C|` (reduced-rank regression, Izenman 1975)."
     Uc_Bfk, Sc_Bk, Vc_Bkd = torch.linalg.svd(core_Bfd, full_matrices=False)
-    inverse_Bk = torch.where(Sc_Bk > 1e-3 * Sc_Bk[:, :1], 1 / Sc_Bk, 0.)
+    inverse_Bk = torch.where(Sc_Bk > 1e-3 * Sc_Bk[:, :1], 1 / Sc_Bk, 0.0)
     in_basis_BEfk = residual_BEfd @ (Vc_Bkd * (inverse_Bk > 0)[:, :, None]).mT[:, None]
     P_BErf, K_BErk = best_low_rank(in_basis_BEfk, rank)
     return balance(P_BErf, (K_BErk * inverse_Bk[:, None, None]) @ Uc_Bfk.mT[:, None])
 
 # %% ../nbs/23_fit_rank.ipynb #99a74e8d
-def best_core(target_BEfd: torch.Tensor,  # X - G V^T
-              M_BEff: torch.Tensor,  # I + P Q^T
-              core_Bfd: torch.Tensor,  # Start of the iteration
-              steps: int = 20) -> torch.Tensor:
+def best_core(
+    target_BEfd: torch.Tensor,  # X - G V^T
+    M_BEff: torch.Tensor,  # I + P Q^T
+    core_Bfd: torch.Tensor,  # Start of the iteration
+    steps: int = 20,
+) -> torch.Tensor:
     "Core `[B, f, d]` that minimises `sum_e |target_e - M_e C|^2`: conjugate gradients on the normal equations (Hestenes-Stiefel 1952)."
     A_Bff = torch.einsum("begf,begh->bfh", M_BEff, M_BEff)
     residual_Bfd = torch.einsum("begf,begd->bfd", M_BEff, target_BEfd) - A_Bff @ core_Bfd
     direction_Bfd, energy_B = residual_Bfd, residual_Bfd.square().sum((1, 2))
     stop = 1e-14 * target_BEfd.square().sum()
     for _ in range(steps):
-        if energy_B.sum() <= stop: break
+        if energy_B.sum() <= stop:
+            break
         step_Bfd = A_Bff @ direction_Bfd
-        alpha_B = energy_B / (direction_Bfd * step_Bfd).sum((1, 2)).clamp_min(torch.finfo(step_Bfd.dtype).tiny)
+        alpha_B = energy_B / (direction_Bfd * step_Bfd).sum((1, 2)).clamp_min(
+            torch.finfo(step_Bfd.dtype).tiny
+        )
         core_Bfd = core_Bfd + alpha_B[:, None, None] * direction_Bfd
         residual_Bfd = residual_Bfd - alpha_B[:, None, None] * step_Bfd
         previous_B, energy_B = energy_B, residual_Bfd.square().sum((1, 2))
-        direction_Bfd = residual_Bfd + (energy_B / previous_B.clamp_min(torch.finfo(step_Bfd.dtype).tiny))[:, None, None] * direction_Bfd
+        direction_Bfd = (
+            residual_Bfd
+            + (energy_B / previous_B.clamp_min(torch.finfo(step_Bfd.dtype).tiny))[:, None, None]
+            * direction_Bfd
+        )
     return core_Bfd
 
 # %% ../nbs/23_fit_rank.ipynb #3ddfc95d
 def pack(core_Bfd, P_BErf, Q_BErf, G_BEsf, V_Esd) -> list[SharedCore]:
     "One `SharedCore` per projection from factors of equal ranks; V is stored with the first."
     E, r, s = *P_BErf.shape[1:3], G_BEsf.shape[2]
-    ranks = {name: torch.full((E,), rank, dtype=torch.int32, device=core_Bfd.device) for name, rank in (("narrow_ranks", r), ("wide_ranks", s))}
-    return [SharedCore(core=core, P=P.flatten(0, 1), Q=Q.flatten(0, 1), G=G.flatten(0, 1), V=V_Esd.flatten(0, 1) if block == 0 else None,
-                       **{name: values.clone() for name, values in ranks.items()})
-            for block, (core, P, Q, G) in enumerate(zip(core_Bfd, P_BErf, Q_BErf, G_BEsf))]
+    ranks = {
+        name: torch.full((E,), rank, dtype=torch.int32, device=core_Bfd.device)
+        for name, rank in (("narrow_ranks", r), ("wide_ranks", s))
+    }
+    return [
+        SharedCore(
+            core=core,
+            P=P.flatten(0, 1),
+            Q=Q.flatten(0, 1),
+            G=G.flatten(0, 1),
+            V=V_Esd.flatten(0, 1) if block == 0 else None,
+            **{name: values.clone() for name, values in ranks.items()},
+        )
+        for block, (core, P, Q, G) in enumerate(zip(core_Bfd, P_BErf, Q_BErf, G_BEsf))
+    ]
 
 # %% ../nbs/23_fit_rank.ipynb #1ec8a1ab
-def fit_closed_form(X_BEfd: torch.Tensor,  # Weights, B projections that share V
-                    *,
-                    narrow_rank: int,  # r, directions of P Q^T per expert
-                    wide_rank: int,  # s, directions of G V^T per expert
-                    rounds: int = 12  # Alternations
-                   ) -> list[SharedCore]:
+def fit_closed_form(
+    X_BEfd: torch.Tensor,  # Weights, B projections that share V
+    *,
+    narrow_rank: int,  # r, directions of P Q^T per expert
+    wide_rank: int,  # s, directions of G V^T per expert
+    rounds: int = 12,  # Alternations
+) -> list[SharedCore]:
     "Alternating closed-form fit in fp32: one `SharedCore` per projection (B of them), deterministic."
     X_BEfd = X_BEfd.float()
     core_Bfd, eye_ff = X_BEfd.mean(1), torch.eye(X_BEfd.shape[2], device=X_BEfd.device)
@@ -81,25 +105,30 @@ def fit_closed_form(X_BEfd: torch.Tensor,  # Weights, B projections that share V
     for round in range(rounds):
         P, Q = best_narrow(X_BEfd - core_Bfd[:, None] - wide_BEfd, core_Bfd, narrow_rank)
         M_BEff = eye_ff + P.mT @ Q
-        if round: core_Bfd = best_core(X_BEfd - wide_BEfd, M_BEff, core_Bfd)
+        if round:
+            core_Bfd = best_core(X_BEfd - wide_BEfd, M_BEff, core_Bfd)
         G, V = best_wide(X_BEfd - M_BEff @ core_Bfd[:, None], wide_rank)
         wide_BEfd = G.mT @ V
     return pack(core_Bfd, P, Q, G, V)
 
 # %% ../nbs/23_fit_rank.ipynb #486f3d0f
-def fit_adam(X_BEfd: torch.Tensor,  # Weights, one projection (B = 1): the literal formula shares nothing between projections
-             *,
-             rank: int,  # Of both wrappers
-             steps: int = 1000,
-             lr: float = 1e-3,
-             seed: int = 0,
-             scale: float = .1  # Standard deviation of the random factors
-            ) -> list[SharedCore]:
+def fit_adam(
+    X_BEfd: torch.Tensor,  # Weights, one projection (B = 1): the literal formula shares nothing between projections
+    *,
+    rank: int,  # Of both wrappers
+    steps: int = 1000,
+    lr: float = 1e-3,
+    seed: int = 0,
+    scale: float = 0.1,  # Standard deviation of the random factors
+) -> list[SharedCore]:
     "The plain recipe: Adam on the factors of `(I + P Q^T) C (I + U V^T)`, then U multiplied out into G."
     X_BEfd = X_BEfd.float()
     (B, E, f, d), generator = X_BEfd.shape, torch.Generator(X_BEfd.device).manual_seed(seed)
     core = X_BEfd.mean(1, keepdim=True)
-    Q, V = (scale * torch.randn(B, E, rank, side, generator=generator, device=X_BEfd.device) for side in (f, d))
+    Q, V = (
+        scale * torch.randn(B, E, rank, side, generator=generator, device=X_BEfd.device)
+        for side in (f, d)
+    )
     P, U = torch.zeros_like(Q), torch.zeros_like(V)
     factors = [factor.requires_grad_() for factor in (core, P, Q, U, V)]
     optimizer = torch.optim.Adam(factors, lr=lr)
@@ -115,6 +144,7 @@ def fit_adam(X_BEfd: torch.Tensor,  # Weights, one projection (B = 1): the liter
 # %% ../nbs/23_fit_rank.ipynb #9cacf506
 class Sizes(NamedTuple):
     "Sizes of a group of projections: B projections, E experts, narrow f, wide d."
+
     B: int
     E: int
     f: int
@@ -127,7 +157,11 @@ class Sizes(NamedTuple):
 
     def stored(self, rank: int) -> int:
         "Numbers stored with wrappers of this rank on both sides: core, wrappers, the ranks themselves, and the original shape kept as a guard."
-        return self.B * self.f * self.d + self.E * ((3 * self.B * self.f + self.d) * rank + 2 * self.B) + 3
+        return (
+            self.B * self.f * self.d
+            + self.E * ((3 * self.B * self.f + self.d) * rank + 2 * self.B)
+            + 3
+        )
 
 # %% ../nbs/23_fit_rank.ipynb #a3949ba2
 def uniform_rank(sizes: Sizes, ratio: float) -> int:

@@ -76,7 +76,9 @@ def factor_shapes(experts: SharedCoreExperts) -> dict[str, dict[str, list[int]]]
     shapes = {}
     for name, part in parts.items():
         if part is not None:
-            shapes[name] = {tensor: list(value.shape) for tensor, value in part.state_dict().items()}
+            shapes[name] = {
+                tensor: list(value.shape) for tensor, value in part.state_dict().items()
+            }
     return shapes
 
 
@@ -89,17 +91,24 @@ def empty_factors(shapes: dict[str, list[int]], like: torch.Tensor) -> nn.Module
     return Uncompressed(**tensors) if "weight" in tensors else SharedCore(**tensors)
 
 
-def empty_experts(original: nn.Module, shapes: dict[str, dict[str, list[int]]]) -> SharedCoreExperts:
+def empty_experts(
+    original: nn.Module, shapes: dict[str, dict[str, list[int]]]
+) -> SharedCoreExperts:
     "`SharedCoreExperts` with uninitialised factors of the given `shapes`, on the device and in the data type of `original`."
     like = next(original.parameters())
-    return SharedCoreExperts(original, **{name: empty_factors(tensors, like) for name, tensors in shapes.items()})
+    return SharedCoreExperts(
+        original, **{name: empty_factors(tensors, like) for name, tensors in shapes.items()}
+    )
 
 # %% ../nbs/13_hf_format.ipynb #a693ad0b
 def replaced_parameters(model: nn.Module) -> list[str]:
     "Names of the parameters that the experts of `model` had before they were compressed."
     names = []
     for module, experts in compressed_experts(model).items():
-        names += [f"{module}.{parameter}" for parameter, _ in experts.template.named_parameters(recurse=False)]
+        names += [
+            f"{module}.{parameter}"
+            for parameter, _ in experts.template.named_parameters(recurse=False)
+        ]
     return names
 
 
@@ -111,7 +120,9 @@ def set_conversions_aside(model: nn.Module) -> None:
     if conversions is None:
         conversions = saving_conversions(model)
     replaced = replaced_parameters(model)
-    model._weight_conversions = [c for c in conversions if not converts(c.reverse_transform(), replaced)]
+    model._weight_conversions = [
+        c for c in conversions if not converts(c.reverse_transform(), replaced)
+    ]
 
 # %% ../nbs/13_hf_format.ipynb #fb983060
 def load_conversions(
@@ -125,14 +136,22 @@ def load_conversions(
         names += [f"{module}.{key}" for key in experts.state_dict()]
     if not names:
         return conversions
-    kept = [conversion for conversion in conversions if not converts(copy.deepcopy(conversion), names)]
+    kept = [
+        conversion for conversion in conversions if not converts(copy.deepcopy(conversion), names)
+    ]
     saving, _ = split_conversions(saving_conversions(model))
     back = [conversion.reverse_transform() for conversion in reversed(saving)]
     loading, _ = split_conversions(kept)
-    forth = [copy.deepcopy(conversion) for conversion in loading if not isinstance(conversion, PrefixChange)]
+    forth = [
+        copy.deepcopy(conversion)
+        for conversion in loading
+        if not isinstance(conversion, PrefixChange)
+    ]
     mended = []
     for name in names:
-        read = renamed(renamed(name, back), forth)  # what loading makes of the name that saving gave it
+        read = renamed(
+            renamed(name, back), forth
+        )  # what loading makes of the name that saving gave it
         if read != name:
             mended.append(WeightRenaming(re.escape(read), name))
     return kept + mended
@@ -158,7 +177,9 @@ class SharedCoreQuantizer(HfQuantizer):
 
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized:
-            raise ValueError("from_pretrained loads compressed models, it does not compress: use moe_nb.compress_model")
+            raise ValueError(
+                "from_pretrained loads compressed models, it does not compress: use moe_nb.compress_model"
+            )
 
     def update_weight_conversions(self, weight_conversions, *model):
         conversions = super().update_weight_conversions(weight_conversions, *model)
@@ -167,14 +188,18 @@ class SharedCoreQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self._loading = model
-        if checkpoint_files:  # offloading looks for all files beside the first, which must not lie in a subfolder
+        if (
+            checkpoint_files
+        ):  # offloading looks for all files beside the first, which must not lie in a subfolder
             checkpoint_files.sort(key=lambda file: file.count(os.sep))
         for name, shapes in self.quantization_config.modules.items():
             model.set_submodule(name, empty_experts(model.get_submodule(name), shapes))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self._loading = None
-        model._all_weight_conversions = None  # the directory was written without them: the defaults hold
+        model._all_weight_conversions = (
+            None  # the directory was written without them: the defaults hold
+        )
         align_tensors(model)
         return model
 

@@ -6,7 +6,7 @@
 __all__ = ['model_class', 'bare_model', 'saving_conversions', 'split_conversions', 'renamed', 'converts', 'dequantize_blocks',
            'grouped']
 
-# %% ../nbs/04_hf_names.ipynb #bda07ba6
+# %% ../nbs/04_hf_names.ipynb #2035e92d
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
@@ -34,7 +34,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-# %% ../nbs/04_hf_names.ipynb #c16d0532
+# %% ../nbs/04_hf_names.ipynb #47a1942c
 def model_class(config) -> type:
     "The class of transformers that `config` names as its architecture; `AutoModelForCausalLM` where it names none of them."
     name = (config.architectures or [""])[0]
@@ -47,7 +47,7 @@ def bare_model(config, dtype: torch.dtype) -> nn.Module:
     build = chosen.from_config if chosen is AutoModelForCausalLM else chosen._from_config
     return build(config, dtype=dtype).eval()
 
-# %% ../nbs/04_hf_names.ipynb #13ff5484
+# %% ../nbs/04_hf_names.ipynb #36657a8d
 def saving_conversions(model: nn.Module) -> list:
     "The conversions that saving `model` reverts: those of its family, without the ones for old checkpoints and for prefixes."
     conversions = get_model_conversion_mapping(model, add_legacy=False)
@@ -57,10 +57,12 @@ def saving_conversions(model: nn.Module) -> list:
 def split_conversions(conversions: list) -> tuple[list, list]:
     "The renamings and the converters of a list."
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    converters = [
+        conversion for conversion in conversions if isinstance(conversion, WeightConverter)
+    ]
     return renamings, converters
 
-# %% ../nbs/04_hf_names.ipynb #59795a06
+# %% ../nbs/04_hf_names.ipynb #be9f253f
 def renamed(name: str, renamings: list) -> str:
     "`name` after all `renamings`, one after the other."
     return rename_source_key(name, renamings, [])[0]
@@ -72,12 +74,14 @@ def converts(conversion, names: list[str]) -> bool:
         return False
     return any(rename_source_key(name, [], [conversion])[1] is not None for name in names)
 
-# %% ../nbs/04_hf_names.ipynb #9cd09995
+# %% ../nbs/04_hf_names.ipynb #34436916
 def dequantize_blocks(weight_oi: torch.Tensor, scale_inv_bc: torch.Tensor) -> torch.Tensor:
     "The product of an fp8 matrix `[o, i]` and its scales, one for each block, as transformers computes it."
-    return Fp8Dequantize(None).convert({"weight": weight_oi, "weight_scale_inv": scale_inv_bc})["weight"]
+    return Fp8Dequantize(None).convert({"weight": weight_oi, "weight_scale_inv": scale_inv_bc})[
+        "weight"
+    ]
 
-# %% ../nbs/04_hf_names.ipynb #f406370d
+# %% ../nbs/04_hf_names.ipynb #4f8fb48d
 def grouped(value_Pn: torch.Tensor, factor_Enm: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     "Rows `[P, n]`, sorted by expert, times the factor of their expert, `[P, m]`; expert e has the rows before `ends_E[e]`."
     if value_Pn.dtype == torch.float64:  # the operator of torch knows no float64

@@ -44,25 +44,34 @@ class CompressionConfig:
     projections: list[str] = flag(
         "projections to compress; the others stay as they are", default=list(PROJECTIONS)
     )
-    layers: list[int] | None = flag("MoE layers to compress, counted from 0; default all", default=None)
+    layers: list[int] | None = flag(
+        "MoE layers to compress, counted from 0; default all", default=None
+    )
     rounds: int = flag("alternations of the closed form", default=8)
-    rank_multiple: int = flag("ranks are multiples of this, for hardware that likes them; needs a ratio", default=1)
+    rank_multiple: int = flag(
+        "ranks are multiples of this, for hardware that likes them; needs a ratio", default=1
+    )
     align_width: int = flag(
-        "widest experts whose neurons are aligned before the fit (cost grows with the cube); 0: never", default=4096
+        "widest experts whose neurons are aligned before the fit (cost grows with the cube); 0: never",
+        default=4096,
     )
     refine_steps: int = flag(
-        "steps of the descent on each layer's output after the fit, with calibration; 0: none", default=200
+        "steps of the descent on each layer's output after the fit, with calibration; 0: none",
+        default=200,
     )
     steps: int = flag("steps of the Adam recipe", default=1000)
     lr: float = flag("learning rate of the Adam recipe", default=1e-3)
     dtype: str | None = flag(
-        "data type of the compressed model: float32, bfloat16 or float16; default that of the source", default=None
+        "data type of the compressed model: float32, bfloat16 or float16; default that of the source",
+        default=None,
     )
     seed: int = flag("seed of the minibatches of the refinement, and of the Adam recipe", default=0)
 
     def __post_init__(self):
         if (self.ratio is None) == (self.rank is None):
-            raise ValueError(f"set exactly one of ratio and rank; got ratio={self.ratio}, rank={self.rank}")
+            raise ValueError(
+                f"set exactly one of ratio and rank; got ratio={self.ratio}, rank={self.rank}"
+            )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio must lie between 0 and 1; got {self.ratio}")
         check_least(self, rank=1, rounds=1, steps=1, rank_multiple=1, align_width=0, refine_steps=0)
@@ -70,7 +79,9 @@ class CompressionConfig:
             raise ValueError(f"method must be closed_form or adam; got {self.method!r}")
         unknown = set(self.projections) - set(PROJECTIONS)
         if unknown or not self.projections:
-            raise ValueError(f"projections must be among {', '.join(PROJECTIONS)}; got {self.projections}")
+            raise ValueError(
+                f"projections must be among {', '.join(PROJECTIONS)}; got {self.projections}"
+            )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16; got {self.dtype!r}")
 
@@ -88,9 +99,13 @@ def selected_experts(model: nn.Module, config: CompressionConfig) -> dict[str, n
     if not found:
         reason = "; ".join(unknown_experts(model)) or "it is a dense model"
         raise ValueError(f"{kind} has no experts modules that can be compressed: {reason}")
-    parameters = [id(p) for module in model.modules() if is_experts(module) for p in module.parameters()]
+    parameters = [
+        id(p) for module in model.modules() if is_experts(module) for p in module.parameters()
+    ]
     if len(set(parameters)) < len(parameters):
-        raise ValueError(f"{kind} uses the same expert weights in several places; such a family is not supported")
+        raise ValueError(
+            f"{kind} uses the same expert weights in several places; such a family is not supported"
+        )
     if config.layers is None:
         return found
     wrong = [layer for layer in config.layers if not 0 <= layer < len(found)]
@@ -152,7 +167,9 @@ def rank_for(sizes: Sizes, config: CompressionConfig) -> int:
     if config.rank is None:
         return uniform_rank(sizes, config.ratio)
     if config.rank > min(sizes.f, sizes.d):
-        raise ValueError(f"rank {config.rank} is larger than the matrix: the experts are {sizes.f} x {sizes.d}")
+        raise ValueError(
+            f"rank {config.rank} is larger than the matrix: the experts are {sizes.f} x {sizes.d}"
+        )
     return config.rank
 
 # %% ../nbs/25_layer.ipynb #d5a29f3b
@@ -188,14 +205,18 @@ def check_work(experts: dict[str, nn.Module], config: CompressionConfig, calibra
         groups = projection_groups(config, weights)
         if not groups:
             kind, there = type(module).__name__, list(weights)
-            raise ValueError(f"projections: {kind} has none of {config.projections}; it has {there}")
+            raise ValueError(
+                f"projections: {kind} has none of {config.projections}; it has {there}"
+            )
         sizes += [group_sizes(weights, names) for names in groups]
     if not config.by_budget:
         for size in sizes:
             rank_for(size, config)
         return
     pots = budget_groups(sizes, calibrated)
-    tightest = max(pots, key=lambda pot: sum(s.stored(rank=0) for s in pot) / sum(s.original for s in pot))
+    tightest = max(
+        pots, key=lambda pot: sum(s.stored(rank=0) for s in pot) / sum(s.original for s in pot)
+    )
     check_floor(tightest, config.ratio)
 
 # %% ../nbs/25_layer.ipynb #e835d130
@@ -231,7 +252,10 @@ def fit_layer(experts: nn.Module, config: CompressionConfig) -> dict[str, Shared
         for names in projection_groups(config, weights):
             group = make_group(weights.stacked(names))
             fit_budget(
-                [group], config.ratio * group.X_Emd.numel(), rounds=config.rounds, multiple=config.rank_multiple
+                [group],
+                config.ratio * group.X_Emd.numel(),
+                rounds=config.rounds,
+                multiple=config.rank_multiple,
             )
             fitted |= zip(names, pack_group(group))
     return fitted
@@ -248,8 +272,12 @@ def compressed_layer(
     weights = read_experts(experts)
     parts = {}
     for name in weights:
-        parts[name] = cores[name] if name in cores else Uncompressed(weight=weights.facing(name).float())
-    layer = SharedCoreExperts(experts, gate=parts.get("gate_proj"), up=parts["up_proj"], down=parts["down_proj"])
+        parts[name] = (
+            cores[name] if name in cores else Uncompressed(weight=weights.facing(name).float())
+        )
+    layer = SharedCoreExperts(
+        experts, gate=parts.get("gate_proj"), up=parts["up_proj"], down=parts["down_proj"]
+    )
     errors = {}
     if record is not None:
         fitted, refined = refine_experts(layer, record, steps=config.refine_steps, seed=config.seed)
@@ -257,5 +285,7 @@ def compressed_layer(
     layer.to(experts.down_proj.dtype)
     of_weights = {}
     for name, core in cores.items():
-        of_weights[name] = relative_error(weights.stacked([name])[0], core.weights(cores.get("gate_proj")))
+        of_weights[name] = relative_error(
+            weights.stacked([name])[0], core.weights(cores.get("gate_proj"))
+        )
     return layer, dict(relative_error=of_weights, **errors)

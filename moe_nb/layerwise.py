@@ -36,35 +36,47 @@ from .text import batches
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     "Name -> module of all numbered layers of the list that the experts lie in, in order."
     stem = re.match(r"(.*?)\.\d+\.", next(iter(find_experts(model))))[1]
-    return {f"{stem}.{number}": layer for number, layer in model.get_submodule(stem).named_children()}
+    return {
+        f"{stem}.{number}": layer for number, layer in model.get_submodule(stem).named_children()
+    }
 
 # %% ../nbs/34_layerwise.ipynb #61837f19
 @contextmanager
 def tapped(layers: dict[str, nn.Module], forward: Callable) -> Iterator[None]:
     "Within the block every layer is computed by `forward(name, hidden_states, *args, **kwargs)`."
-    def replaced(name): return lambda hidden_states, *args, **kwargs: forward(name, hidden_states, *args, **kwargs)
+
+    def replaced(name):
+        return lambda hidden_states, *args, **kwargs: forward(name, hidden_states, *args, **kwargs)
+
     try:
-        for name, layer in layers.items(): layer.forward = replaced(name)
+        for name, layer in layers.items():
+            layer.forward = replaced(name)
         yield
     finally:
-        for layer in layers.values(): layer.__dict__.pop("forward", None)
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
 
 # %% ../nbs/34_layerwise.ipynb #aceda5e7
 class HiddenStates(torch.Tensor):
     "Stands for what a layer returns; a model that expects a second value raises."
 
     def __iter__(self):
-        raise ValueError("the layers of this model hand more than hidden states to the next one, so it cannot be calibrated one layer at a time: use compress_model, or leave the calibration out")
+        raise ValueError(
+            "the layers of this model hand more than hidden states to the next one, so it cannot be calibrated one layer at a time: use compress_model, or leave the calibration out"
+        )
 
 # %% ../nbs/34_layerwise.ipynb #028ba1e6
 def layer_calls(model: nn.Module, ids_BL: torch.Tensor) -> tuple[torch.Tensor, dict[str, tuple]]:
     "The input of the first layer, and for every layer the other arguments it is called with."
     calls, first = {}, []
+
     def note(name, hidden_states, *args, **kwargs):
         first.append(hidden_states)
         calls[name] = args, kwargs
         return hidden_states.as_subclass(HiddenStates)
-    with torch.no_grad(), tapped(decoder_layers(model), note): model(ids_BL, use_cache=False, logits_to_keep=1)
+
+    with torch.no_grad(), tapped(decoder_layers(model), note):
+        model(ids_BL, use_cache=False, logits_to_keep=1)
     return first[0], calls
 
 # %% ../nbs/34_layerwise.ipynb #c2ab0a30
@@ -78,105 +90,205 @@ def output_gradient(model: nn.Module, ids_BL: torch.Tensor, last: torch.Tensor) 
     "Gradient of the summed cross-entropy by the output of the last layer."
     layers, last = decoder_layers(model), last.detach().requires_grad_()
     end = list(layers)[-1]
-    with torch.enable_grad(), tapped(layers, lambda name, hidden_states, *args, **kwargs: last if name == end else hidden_states):
+    with (
+        torch.enable_grad(),
+        tapped(
+            layers,
+            lambda name, hidden_states, *args, **kwargs: last if name == end else hidden_states,
+        ),
+    ):
         logits = model(ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1).float()
         F.cross_entropy(logits, ids_BL[:, 1:].flatten(), reduction="sum").backward()
     return last.grad
 
 # %% ../nbs/34_layerwise.ipynb #fa756198
-def hidden_file(folder: Path, kind: str, layer: int, batch: int) -> Path: return folder / f"{kind}-{layer}" / f"{batch}.safetensors"
+def hidden_file(folder: Path, kind: str, layer: int, batch: int) -> Path:
+    return folder / f"{kind}-{layer}" / f"{batch}.safetensors"
 
 # %% ../nbs/34_layerwise.ipynb #7b743d5b
-def moments_file(folder: Path, index: int) -> Path: return folder / f"moments-{index}.safetensors"
+def moments_file(folder: Path, index: int) -> Path:
+    return folder / f"moments-{index}.safetensors"
 
 # %% ../nbs/34_layerwise.ipynb #2c819fa9
-def put(path: Path, value: torch.Tensor) -> None: write_tensors(path, {"value": value})
+def put(path: Path, value: torch.Tensor) -> None:
+    write_tensors(path, {"value": value})
 
 # %% ../nbs/34_layerwise.ipynb #af80f38b
-def get(path: Path, device: str | torch.device) -> torch.Tensor: return read_tensors(path, device)["value"]
+def get(path: Path, device: str | torch.device) -> torch.Tensor:
+    return read_tensors(path, device)["value"]
 
 # %% ../nbs/34_layerwise.ipynb #8fed0d79
 def experts_of(layer: nn.Module) -> nn.Module | None:
     "The experts module of a decoder layer, if it has one; raises where it has several."
     found = find_experts(layer)
-    if len(found) > 1: raise ValueError(f"one layer holds {len(found)} experts modules ({', '.join(found)}), so it cannot be calibrated one layer at a time: use compress_model, or leave the calibration out")
+    if len(found) > 1:
+        raise ValueError(
+            f"one layer holds {len(found)} experts modules ({', '.join(found)}), so it cannot be calibrated one layer at a time: use compress_model, or leave the calibration out"
+        )
     return next(iter(found.values()), None)
 
 # %% ../nbs/34_layerwise.ipynb #2c9eab70
 @torch.no_grad()
-def forward_layer(layer: nn.Module, index: int, calls: list[tuple], folder: Path, halves: list[int], keep_record: bool) -> dict:
+def forward_layer(
+    layer: nn.Module,
+    index: int,
+    calls: list[tuple],
+    folder: Path,
+    halves: list[int],
+    keep_record: bool,
+) -> dict:
     "Send all batches through one layer; the outputs, the moments of its experts and the record of their calls go to `folder`."
     experts, device = experts_of(layer), next(layer.parameters()).device
     weights = None if experts is None else read_experts(experts)
     moments, record = [Moments.zeros(weights) for _ in range(2)] if experts is not None else [], []
-    def note(name, module, args, output): record.append([value.cpu() for value in (*routing(module, *args[:3]), output)])
+
+    def note(name, module, args, output):
+        record.append([value.cpu() for value in (*routing(module, *args[:3]), output)])
+
     for batch, call in enumerate(calls):
-        def add(name, module, args): add_moments(moments[halves[batch]], module, weights, *args[:3])
+
+        def add(name, module, args):
+            add_moments(moments[halves[batch]], module, weights, *args[:3])
+
         with watched(find_experts(layer), add, note if keep_record else None):
-            put(hidden_file(folder, "hidden", index + 1, batch), run_layer(layer, get(hidden_file(folder, "hidden", index, batch), device), call))
-    if experts is None: return {}
-    for half in moments[:max(halves) + 1]: check_reached(f"layer {index}", half)
-    both, counts = (moments[0] + moments[1] if max(halves) else moments[0]), [m.tokens.sum().item() for m in moments]
-    if max(halves): both = replace(both, prior_tokens=likeliest_prior(*moments))
-    write_tensors(moments_file(folder, index), {field.name: getattr(both, field.name) for field in fields(both) if field.type is torch.Tensor})
-    if keep_record: write_tensors(folder / f"record-{index}.safetensors", dict(zip(LayerRecord._fields, map(torch.cat, zip(*record)))))
-    return dict(prior_tokens=both.prior_tokens, tokens=counts, unseen=torch.where(both.tokens == 0)[0].tolist())
+            put(
+                hidden_file(folder, "hidden", index + 1, batch),
+                run_layer(layer, get(hidden_file(folder, "hidden", index, batch), device), call),
+            )
+    if experts is None:
+        return {}
+    for half in moments[: max(halves) + 1]:
+        check_reached(f"layer {index}", half)
+    both, counts = (
+        (moments[0] + moments[1] if max(halves) else moments[0]),
+        [m.tokens.sum().item() for m in moments],
+    )
+    if max(halves):
+        both = replace(both, prior_tokens=likeliest_prior(*moments))
+    write_tensors(
+        moments_file(folder, index),
+        {
+            field.name: getattr(both, field.name)
+            for field in fields(both)
+            if field.type is torch.Tensor
+        },
+    )
+    if keep_record:
+        write_tensors(
+            folder / f"record-{index}.safetensors",
+            dict(zip(LayerRecord._fields, map(torch.cat, zip(*record)))),
+        )
+    return dict(
+        prior_tokens=both.prior_tokens,
+        tokens=counts,
+        unseen=torch.where(both.tokens == 0)[0].tolist(),
+    )
 
 # %% ../nbs/34_layerwise.ipynb #460307a8
-def backward_layer(layer: nn.Module, index: int, calls: list[tuple], folder: Path, halves: list[int]) -> list[float]:
+def backward_layer(
+    layer: nn.Module, index: int, calls: list[tuple], folder: Path, halves: list[int]
+) -> list[float]:
     "Take the gradients of all batches through one layer; returns the summed squares of those of its experts' outputs, for both halves."
-    squares, device = [0., 0.], next(layer.parameters()).device
+    squares, device = [0.0, 0.0], next(layer.parameters()).device
     for batch, call in enumerate(calls):
-        def add(grad): squares[halves[batch]] += squared_gradient(grad)
-        def after(name, module, args, output): output.register_hook(add)
+
+        def add(grad):
+            squares[halves[batch]] += squared_gradient(grad)
+
+        def after(name, module, args, output):
+            output.register_hook(add)
+
         hidden = get(hidden_file(folder, "hidden", index, batch), device).requires_grad_()
-        with torch.enable_grad(), watched(find_experts(layer), after=after): output = run_layer(layer, hidden, call)
+        with torch.enable_grad(), watched(find_experts(layer), after=after):
+            output = run_layer(layer, hidden, call)
         output.backward(get(hidden_file(folder, "gradient", index + 1, batch), device))
         put(hidden_file(folder, "gradient", index, batch), hidden.grad)
     return squares
 
 # %% ../nbs/34_layerwise.ipynb #03b408e6
-def layerwise_moments(model: nn.Module,  # Its layers may be empty; everything else is there
-                      loaded: Callable,  # Context in which the layer of that name has its weights
-                      calibration: list[torch.Tensor],
-                      work: Path,  # Holds the journal; the tensors go to `calibration` in it
-                      keep_records: bool
-                     ) -> dict[str, dict]:
+def layerwise_moments(
+    model: nn.Module,  # Its layers may be empty; everything else is there
+    loaded: Callable,  # Context in which the layer of that name has its weights
+    calibration: list[torch.Tensor],
+    work: Path,  # Holds the journal; the tensors go to `calibration` in it
+    keep_records: bool,
+) -> dict[str, dict]:
     "Layer -> prior, sensitivity and unseen experts; moments and records are in files. As `calibrate` and `record_layers`, with one layer in memory."
     folder, names, half = work / "calibration", list(decoder_layers(model)), len(calibration) // 2
     parts = [batches(part) for part in (calibration[:half], calibration[half:]) if part]
     halves = [number for number, part in enumerate(parts) for _ in part]
     ids = [ids_BL.to(model.device) for part in parts for ids_BL in part]
     begun = [layer_calls(model, ids_BL) for ids_BL in ids]
-    for batch, (hidden, _) in enumerate(begun): put(hidden_file(folder, "hidden", 0, batch), hidden)
-    def calls(name): return [call[name] for _, call in begun]
+    for batch, (hidden, _) in enumerate(begun):
+        put(hidden_file(folder, "hidden", 0, batch), hidden)
+
+    def calls(name):
+        return [call[name] for _, call in begun]
+
     def step(piece, action):
-        if finished_piece(work, piece) is None: finish_piece(work, piece, [], {"value": action()})
+        if finished_piece(work, piece) is None:
+            finish_piece(work, piece, [], {"value": action()})
         return finished_piece(work, piece)["value"]
+
     def within(name, action):
-        with loaded(name): return action()
+        with loaded(name):
+            return action()
+
     layers, found = decoder_layers(model), {}
     for index, name in enumerate(tqdm(names, desc="calibrating", unit="layer", leave=False)):
-        found[name] = step(f"forward-{index}", lambda: within(name, lambda: forward_layer(layers[name], index, calls(name), folder, halves, keep_records)))
+        found[name] = step(
+            f"forward-{index}",
+            lambda: within(
+                name,
+                lambda: forward_layer(
+                    layers[name], index, calls(name), folder, halves, keep_records
+                ),
+            ),
+        )
     if finished_piece(work, "backward-0") is None:
-        for batch, ids_BL in enumerate(ids): put(hidden_file(folder, "gradient", len(names), batch), output_gradient(model, ids_BL, get(hidden_file(folder, "hidden", len(names), batch), model.device)))
+        for batch, ids_BL in enumerate(ids):
+            put(
+                hidden_file(folder, "gradient", len(names), batch),
+                output_gradient(
+                    model,
+                    ids_BL,
+                    get(hidden_file(folder, "hidden", len(names), batch), model.device),
+                ),
+            )
     tokens = [sum(ids_BL.numel() for ids_BL in part) for part in parts]
-    for index, name in reversed(list(enumerate(tqdm(names, desc="sensitivity", unit="layer", leave=False)))):
-        squares = step(f"backward-{index}", lambda: within(name, lambda: backward_layer(layers[name], index, calls(name), folder, halves)))
-        if found[name]: found[name]["sensitivity"] = mean_sensitivity([total / count for total, count in zip(squares, tokens)], found[name]["tokens"])
+    for index, name in reversed(
+        list(enumerate(tqdm(names, desc="sensitivity", unit="layer", leave=False)))
+    ):
+        squares = step(
+            f"backward-{index}",
+            lambda: within(
+                name, lambda: backward_layer(layers[name], index, calls(name), folder, halves)
+            ),
+        )
+        if found[name]:
+            found[name]["sensitivity"] = mean_sensitivity(
+                [total / count for total, count in zip(squares, tokens)], found[name]["tokens"]
+            )
     return found
 
 # %% ../nbs/34_layerwise.ipynb #275028f2
 def mean_sensitivity(values: list[float], tokens: list[float]) -> float:
     "Of both halves, weighted by the tokens of the experts, with the rounding of `Moments.__add__`."
-    if len(values) == 1: return values[0]
+    if len(values) == 1:
+        return values[0]
     first, second = torch.tensor(tokens)
     return ((values[0] * first + values[1] * second) / (first + second)).item()
 
 # %% ../nbs/34_layerwise.ipynb #9c5f8024
-def read_moments(folder: Path, index: int, found: dict, device: str | torch.device = "cpu") -> Moments:
+def read_moments(
+    folder: Path, index: int, found: dict, device: str | torch.device = "cpu"
+) -> Moments:
     "Moments of a layer from its file and what `layerwise_moments` says of it."
-    return Moments(**read_tensors(moments_file(folder, index), device), sensitivity=found["sensitivity"], prior_tokens=found["prior_tokens"])
+    return Moments(
+        **read_tensors(moments_file(folder, index), device),
+        sensitivity=found["sensitivity"],
+        prior_tokens=found["prior_tokens"],
+    )
 
 # %% ../nbs/34_layerwise.ipynb #bdaaa2e5
 def read_record(folder: Path, index: int, device: str | torch.device = "cpu") -> LayerRecord:

@@ -19,20 +19,27 @@ from huggingface_hub import EvalResult, ModelCard
 CARD = "README.md"
 
 
-def replaced_section(text: str,  # Of the whole file
-                     name: str,
-                     section: str  # Empty: the section goes away
-                    ) -> str:
+def replaced_section(
+    text: str,  # Of the whole file
+    name: str,
+    section: str,  # Empty: the section goes away
+) -> str:
     """`text` with the section `name`, in its place if it was there, else at the end.
 
     >>> text = replaced_section("Mine.", "scores", "0.5")
     >>> replaced_section(text + "Mine too.", "scores", "0.7").splitlines()[-4:]
     ['<!-- moe_nb scores: this part is written by moe_nb -->', '0.7', '<!-- end of moe_nb scores -->', 'Mine too.']
     """
-    begin, end = f"<!-- moe_nb {name}: this part is written by moe_nb -->", f"<!-- end of moe_nb {name} -->"
-    pattern = re.compile(rf"{re.escape(begin)}(?:(?!{re.escape(begin)}).)*?{re.escape(end)}\n?", re.DOTALL)
+    begin, end = (
+        f"<!-- moe_nb {name}: this part is written by moe_nb -->",
+        f"<!-- end of moe_nb {name} -->",
+    )
+    pattern = re.compile(
+        rf"{re.escape(begin)}(?:(?!{re.escape(begin)}).)*?{re.escape(end)}\n?", re.DOTALL
+    )
     block = f"{begin}\n{section}\n{end}\n" if section else ""
-    if pattern.search(text): return f"{pattern.sub(lambda _: block, text, count=1).rstrip()}\n"
+    if pattern.search(text):
+        return f"{pattern.sub(lambda _: block, text, count=1).rstrip()}\n"
     return f"{text.rstrip()}\n\n{block}" if block else text
 
 # %% ../nbs/30_model_card.ipynb #5add7abc
@@ -42,18 +49,42 @@ def shown_name(value):
     >>> shown_name("Qwen/Qwen3-30B-A3B"), shown_name("/data/people/me/model"), shown_name(0.25), shown_name("embedded")
     ('Qwen/Qwen3-30B-A3B', 'model', 0.25, 'embedded')
     """
-    return Path(value).name if isinstance(value, str) and os.sep in value and not is_hub_id(value) else value
+    return (
+        Path(value).name
+        if isinstance(value, str) and os.sep in value and not is_hub_id(value)
+        else value
+    )
 
 # %% ../nbs/30_model_card.ipynb #fdf857bf
 def is_hub_id(name: str) -> bool:
     "Whether `name` is of the form owner/name and no directory here."
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(".") and not Path(name).exists()
+    return (
+        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+        and not name.startswith(".")
+        and not Path(name).exists()
+    )
 
 # %% ../nbs/30_model_card.ipynb #8a659ae9
 def sizes_table(statistics: dict) -> str:
     "Parameters before and after, as `compression_statistics.yaml` has them."
-    rows = [(label, *(statistics[f"{kind}_params_{state}"] for state in ("original", "compressed"))) for label, kind in (("all", "total"), ("active per token", "active"), ("of the compressed experts", "expert"))]
-    return "\n".join(["| parameters | original | compressed | |", "| --- | ---: | ---: | ---: |", *(f"| {label} | {before:,} | {after:,} | {after / before:.1%} |" for label, before, after in rows)])
+    rows = [
+        (label, *(statistics[f"{kind}_params_{state}"] for state in ("original", "compressed")))
+        for label, kind in (
+            ("all", "total"),
+            ("active per token", "active"),
+            ("of the compressed experts", "expert"),
+        )
+    ]
+    return "\n".join(
+        [
+            "| parameters | original | compressed | |",
+            "| --- | ---: | ---: | ---: |",
+            *(
+                f"| {label} | {before:,} | {after:,} | {after / before:.1%} |"
+                for label, before, after in rows
+            ),
+        ]
+    )
 
 # %% ../nbs/30_model_card.ipynb #67751eaf
 def recipe(record: dict) -> str:
@@ -72,71 +103,158 @@ tokenizer = AutoTokenizer.from_pretrained(source)
 
 def model_section(compression: dict, statistics: dict, exported: bool) -> str:
     "What moe_nb says of the model itself: sizes, how it was made, how to load it."
-    name = shown_name(compression.get("source", {}).get("model", "")) or "a Mixture-of-Experts model"
-    form = ("The experts are multiplied out, so this checkpoint is as large as the original and is read by everything that reads the original; the table is that of the compressed form."
-            if exported else "The experts of a layer share one core per projection, with low-rank factors for each.")
+    name = (
+        shown_name(compression.get("source", {}).get("model", "")) or "a Mixture-of-Experts model"
+    )
+    form = (
+        "The experts are multiplied out, so this checkpoint is as large as the original and is read by everything that reads the original; the table is that of the compressed form."
+        if exported
+        else "The experts of a layer share one core per projection, with low-rank factors for each."
+    )
     parts = [f"{name}, compressed with moe_nb. {form}"]
-    if "total_params_original" in statistics: parts += ["## Sizes", sizes_table(statistics)]
-    parts += ["## How to load", _LOADING.format(first="" if exported else "import moe_nb  # tells transformers of the compressed form\n")]
-    if "config" in compression: parts += ["## How it was made", f"Compressed (`moe-nb compress`) with {compression['calibration_tokens']:,} tokens of calibration, by " + ", ".join(f"{package} {version}" for package, version in compression["versions"].items()) + ":", recipe(compression["config"])]
-    if "distillation" in compression: parts += ["Then distilled from the original (`moe-nb distill`):", recipe({name: value for name, value in compression["distillation"].items() if name != "student_sha256"})]
+    if "total_params_original" in statistics:
+        parts += ["## Sizes", sizes_table(statistics)]
+    parts += [
+        "## How to load",
+        _LOADING.format(
+            first="" if exported else "import moe_nb  # tells transformers of the compressed form\n"
+        ),
+    ]
+    if "config" in compression:
+        parts += [
+            "## How it was made",
+            f"Compressed (`moe-nb compress`) with {compression['calibration_tokens']:,} tokens of calibration, by "
+            + ", ".join(
+                f"{package} {version}" for package, version in compression["versions"].items()
+            )
+            + ":",
+            recipe(compression["config"]),
+        ]
+    if "distillation" in compression:
+        parts += [
+            "Then distilled from the original (`moe-nb distill`):",
+            recipe(
+                {
+                    name: value
+                    for name, value in compression["distillation"].items()
+                    if name != "student_sha256"
+                }
+            ),
+        ]
     return "\n\n".join(parts)
 
 # %% ../nbs/30_model_card.ipynb #d1aaf782
 def parsed(text: str) -> ModelCard | None:
     "The card in `text`; None, with a warning, where its metadata block can not be read."
-    if not text.startswith("---"): text = f"---\ntags: []\n---\n\n{text}"
-    try: return ModelCard(text)
+    if not text.startswith("---"):
+        text = f"---\ntags: []\n---\n\n{text}"
+    try:
+        return ModelCard(text)
     except (ValueError, yaml.YAMLError) as problem:
-        logging.getLogger(__name__).warning("%s is kept as it is, its metadata block can not be read: %s", CARD, str(problem).splitlines()[0])
+        logging.getLogger(__name__).warning(
+            "%s is kept as it is, its metadata block can not be read: %s",
+            CARD,
+            str(problem).splitlines()[0],
+        )
         return None
 
 # %% ../nbs/30_model_card.ipynb #2b958a16
-def card_text(old: str,  # The text of the card that is there; "" for none
-              compression: dict,  # As in `compression_config.json`
-              statistics: dict,  # As in `compression_statistics.yaml`
-              exported: bool = False  # Whether the experts are multiplied out
-             ) -> str:
+def card_text(
+    old: str,  # The text of the card that is there; "" for none
+    compression: dict,  # As in `compression_config.json`
+    statistics: dict,  # As in `compression_statistics.yaml`
+    exported: bool = False,  # Whether the experts are multiplied out
+) -> str:
     "The card of a model that was just written. Scores in `old` are of other weights, and go."
     source = compression.get("source", {}).get("model", "")
     card = parsed(old or f"# {shown_name(source).rpartition('/')[2] or 'A model'}, compressed\n")
-    if card is None: return old
+    if card is None:
+        return old
     card.data.eval_results = card.data.model_name = None
-    if is_hub_id(source): card.data.base_model = source
+    if is_hub_id(source):
+        card.data.base_model = source
     card.data.library_name = "transformers" if exported else "moe_nb"
     card.data.pipeline_tag = card.data.pipeline_tag or "text-generation"
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), "moe_nb", "mixture-of-experts", "compression"]))
-    card.text = replaced_section(replaced_section(card.text, "model", model_section(compression, statistics, exported)), "scores", "")
+    card.data.tags = list(
+        dict.fromkeys([*(card.data.tags or []), "moe_nb", "mixture-of-experts", "compression"])
+    )
+    card.text = replaced_section(
+        replaced_section(card.text, "model", model_section(compression, statistics, exported)),
+        "scores",
+        "",
+    )
     return str(card)
 
 # %% ../nbs/30_model_card.ipynb #984b2e80
 def score_results(task: str, metrics: dict, command: str) -> list[EvalResult]:
     "What the metadata block says of one task."
-    def stderr(metric): return metrics.get("{0}_stderr{1}{2}".format(*metric.partition(",")), metrics.get(f"{metric}_stderr"))  # lm-eval puts a filter last
-    def details(metric): return {name: value for name, value in dict(stderr=stderr(metric), items=metrics.get("samples"), command=command).items() if value is not None}
-    return [EvalResult(task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=value, metric_args=details(metric))
-            for metric, value in metrics.items() if metric != "samples" and "_stderr" not in metric]
+
+    def stderr(metric):
+        return metrics.get(
+            "{0}_stderr{1}{2}".format(*metric.partition(",")), metrics.get(f"{metric}_stderr")
+        )  # lm-eval puts a filter last
+
+    def details(metric):
+        return {
+            name: value
+            for name, value in dict(
+                stderr=stderr(metric), items=metrics.get("samples"), command=command
+            ).items()
+            if value is not None
+        }
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric,
+            metric_value=value,
+            metric_args=details(metric),
+        )
+        for metric, value in metrics.items()
+        if metric != "samples" and "_stderr" not in metric
+    ]
 
 # %% ../nbs/30_model_card.ipynb #a3d4a65d
 def scores_section(results: list[EvalResult]) -> str:
     "The table of all scores, and the command that gives each."
+
     def row(result):
         details = result.metric_args or {}
-        shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in (result.metric_value, details.get("stderr", ""), details.get("items", ""))]
+        shown = [
+            f"{value:.4g}" if isinstance(value, float) else str(value)
+            for value in (result.metric_value, details.get("stderr", ""), details.get("items", ""))
+        ]
         return f"| {result.dataset_name} | {result.metric_type} | {' | '.join(shown)} | {'`' + details['command'] + '`' if 'command' in details else ''} |"
-    return "\n".join(["## Scores", "", "| task | metric | value | standard error | items | command |", "| --- | --- | ---: | ---: | ---: | --- |", *map(row, results)])
+
+    return "\n".join(
+        [
+            "## Scores",
+            "",
+            "| task | metric | value | standard error | items | command |",
+            "| --- | --- | ---: | ---: | ---: | --- |",
+            *map(row, results),
+        ]
+    )
 
 # %% ../nbs/30_model_card.ipynb #8d2be046
-def with_scores(text: str,  # Of the card
-                name: str,  # Of the model
-                scores: dict[str, dict],  # As `evaluate_model` returns them
-                command: str  # That gives them
-               ) -> str:
+def with_scores(
+    text: str,  # Of the card
+    name: str,  # Of the model
+    scores: dict[str, dict],  # As `evaluate_model` returns them
+    command: str,  # That gives them
+) -> str:
     "The card with these scores, in place of older ones of the same tasks."
     card = parsed(text)
-    if card is None: return text
+    if card is None:
+        return text
     kept = [result for result in card.data.eval_results or [] if result.dataset_type not in scores]
-    card.data.eval_results = kept + [result for task, metrics in scores.items() for result in score_results(task, metrics, command)]
+    card.data.eval_results = kept + [
+        result
+        for task, metrics in scores.items()
+        for result in score_results(task, metrics, command)
+    ]
     card.data.model_name = card.data.model_name or name
     card.text = replaced_section(card.text, "scores", scores_section(card.data.eval_results))
     return str(card)

@@ -38,19 +38,23 @@ from .statistics import stored_parameters
 def described_model(source: str | Path) -> nn.Module:
     "The model that `config.json` of a directory or hub id describes, without weights."
     config = AutoConfig.from_pretrained(source)
-    with init_empty_weights(): model = bare_model(config, config.dtype or torch.bfloat16)
+    with init_empty_weights():
+        model = bare_model(config, config.dtype or torch.bfloat16)
     model.tie_weights()
     return model
 
 # %% ../nbs/36_plan.ipynb #670b6abc
 def source_bytes(source: str | Path, model: nn.Module) -> int:
     "Bytes of the weights: as the index says, else as many as the parameters take."
-    index = cached_file(str(source), INDEXES["safetensors"], _raise_exceptions_for_missing_entries=False)
+    index = cached_file(
+        str(source), INDEXES["safetensors"], _raise_exceptions_for_missing_entries=False
+    )
     metadata = json.loads(Path(index).read_text()).get("metadata", {}) if index else {}
     return metadata.get("total_size") or layer_bytes(model)
 
 # %% ../nbs/36_plan.ipynb #b8d3cede
-def layer_bytes(module: nn.Module) -> int: return sum(p.numel() * p.element_size() for p in module.parameters())
+def layer_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 # %% ../nbs/36_plan.ipynb #d7476e0e
 LIBRARIES = 5e8  # Bytes of a process that has loaded everything but a model
@@ -60,24 +64,38 @@ def peak_bytes(experts: dict[str, nn.Module], calibrated: bool) -> float:
     "Most memory of one process, with room above what was measured without data (experiments/streaming)."
     largest = max(experts.values(), key=layer_bytes)
     E, d, f = read_experts(largest)["down_proj"].shape
-    return LIBRARIES + 5.5 * layer_bytes(largest) + (3 * 4 * E * (d * d + 5 * f * f) if calibrated else 0)
+    return (
+        LIBRARIES
+        + 5.5 * layer_bytes(largest)
+        + (3 * 4 * E * (d * d + 5 * f * f) if calibrated else 0)
+    )
 
 # %% ../nbs/36_plan.ipynb #90b04f8d
 def operations(experts: dict[str, nn.Module], config: CompressionConfig, calibrated: bool) -> float:
     "Floating-point operations of all fits under a budget."
-    total = 0.
+    total = 0.0
     for module in experts.values():
         for projections in projection_groups(config, read_experts(module)):
             B, E, f, d = group_sizes(read_experts(module), projections)
             group = make_group(torch.empty(B, E, f, d, device="meta"))
-            count = None if calibrated else directions_to_find(group, config.ratio * group.X_Emd.numel())
-            total += fit_operations(B, E, f, d, rounds=config.rounds, weighted=calibrated, count=count)
+            count = (
+                None
+                if calibrated
+                else directions_to_find(group, config.ratio * group.X_Emd.numel())
+            )
+            total += fit_operations(
+                B, E, f, d, rounds=config.rounds, weighted=calibrated, count=count
+            )
     return total
 
 # %% ../nbs/36_plan.ipynb #3085e115
 def operations_per_second(device: str | torch.device = "cpu", repeats: int = 5) -> float:
     "Of products in fp32 of the size that the fit consists of; the fastest of a few."
-    left, right, best = torch.ones(768, 2048, device=device), torch.ones(2048, 256, device=device), float("inf")
+    left, right, best = (
+        torch.ones(768, 2048, device=device),
+        torch.ones(2048, 256, device=device),
+        float("inf"),
+    )
     for _ in range(repeats):
         start = time.perf_counter()
         (left @ right).sum().item()
@@ -91,13 +109,18 @@ def calibration_bytes(model: nn.Module, experts: dict[str, nn.Module], tokens: i
     for module in experts.values():
         E, d, f = read_experts(module)["down_proj"].shape
         directions = min(2 * f, d) * (2 * f + d) + min(f, d) * (f + d)  # of gate and up, of down
-        total += 2 * layer_bytes(module) + 4 * E * (2 * d * d + 5 * f * f + directions) + 2 * tokens * d * model.dtype.itemsize
+        total += (
+            2 * layer_bytes(module)
+            + 4 * E * (2 * d * d + 5 * f * f + directions)
+            + 2 * tokens * d * model.dtype.itemsize
+        )
     return total + 2 * (layers + 1) * tokens * d * model.dtype.itemsize
 
 # %% ../nbs/36_plan.ipynb #4828a887
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     "What a compression takes."
+
     layers: int
     parameters: int
     expert_parameters: int
@@ -111,43 +134,92 @@ class Plan:
     hours: float  # Of the fits
 
     def __str__(self) -> str:
-        gigabytes = {"read": self.bytes_in, "written": self.bytes_out, "an export writes": self.bytes_exported, "disk needed": self.disk_bytes, "memory, each process": self.memory_bytes}
-        return "\n".join([f"{self.layers} MoE layers, {self.parameters / 1e9:.3f} billion parameters; {self.expert_parameters / 1e9:.3f} in the experts become {self.stored_parameters / 1e9:.3f}",
-                          *(f"{name:<22}{value / 1e9:12.3f} GB" for name, value in gigabytes.items()), f"{'operations':<22}{self.operations / 1e12:12.3f} trillion", f"{'time of the fits':<22}{self.hours:12.3f} hours"])
+        gigabytes = {
+            "read": self.bytes_in,
+            "written": self.bytes_out,
+            "an export writes": self.bytes_exported,
+            "disk needed": self.disk_bytes,
+            "memory, each process": self.memory_bytes,
+        }
+        return "\n".join(
+            [
+                f"{self.layers} MoE layers, {self.parameters / 1e9:.3f} billion parameters; {self.expert_parameters / 1e9:.3f} in the experts become {self.stored_parameters / 1e9:.3f}",
+                *(f"{name:<22}{value / 1e9:12.3f} GB" for name, value in gigabytes.items()),
+                f"{'operations':<22}{self.operations / 1e12:12.3f} trillion",
+                f"{'time of the fits':<22}{self.hours:12.3f} hours",
+            ]
+        )
 
 # %% ../nbs/36_plan.ipynb #df06208d
-def make_plan(source: str | Path,  # Directory or hub id; its configuration is enough
-              config: CompressionConfig,
-              *,
-              processes: int = 1,
-              calibration_tokens: int = 0,
-              device: str | torch.device = "cpu"  # Of each process
-             ) -> Plan:
+def make_plan(
+    source: str | Path,  # Directory or hub id; its configuration is enough
+    config: CompressionConfig,
+    *,
+    processes: int = 1,
+    calibration_tokens: int = 0,
+    device: str | torch.device = "cpu",  # Of each process
+) -> Plan:
     "What `compress_checkpoint` will take; raises what it would raise before it starts."
-    if not config.by_budget: raise ValueError("a plan needs a ratio and the closed form: the work of a given rank is not estimated")
+    if not config.by_budget:
+        raise ValueError(
+            "a plan needs a ratio and the closed form: the work of a given rank is not estimated"
+        )
     model, calibrated = described_model(source), calibration_tokens > 0
     experts = selected_experts(model, config)
     check_work(experts, config, calibrated)
-    total, before = sum(p.numel() for p in model.parameters()), sum(stored_parameters(module) for module in experts.values())
-    fitted = sum(group_sizes(weights, projections).original for weights in map(read_experts, experts.values()) for projections in projection_groups(config, weights))
+    total, before = (
+        sum(p.numel() for p in model.parameters()),
+        sum(stored_parameters(module) for module in experts.values()),
+    )
+    fitted = sum(
+        group_sizes(weights, projections).original
+        for weights in map(read_experts, experts.values())
+        for projections in projection_groups(config, weights)
+    )
     stored = before - fitted + int(config.ratio * fitted)
-    itemsize, work = getattr(torch, config.dtype or str(model.dtype).split(".")[1]).itemsize, operations(experts, config, calibrated)
+    itemsize, work = (
+        getattr(torch, config.dtype or str(model.dtype).split(".")[1]).itemsize,
+        operations(experts, config, calibrated),
+    )
     out = (total - before + stored) * itemsize
-    return Plan(layers=len(experts), parameters=total, expert_parameters=before, stored_parameters=stored, bytes_in=source_bytes(source, model), bytes_out=out, bytes_exported=total * itemsize,
-                disk_bytes=out + (calibration_bytes(model, experts, calibration_tokens) if calibrated else 0), memory_bytes=peak_bytes(experts, calibrated),
-                operations=work, hours=work / operations_per_second(device) / processes / 3600)
+    return Plan(
+        layers=len(experts),
+        parameters=total,
+        expert_parameters=before,
+        stored_parameters=stored,
+        bytes_in=source_bytes(source, model),
+        bytes_out=out,
+        bytes_exported=total * itemsize,
+        disk_bytes=out
+        + (calibration_bytes(model, experts, calibration_tokens) if calibrated else 0),
+        memory_bytes=peak_bytes(experts, calibrated),
+        operations=work,
+        hours=work / operations_per_second(device) / processes / 3600,
+    )
 
 # %% ../nbs/36_plan.ipynb #d8bd0af7
 def check_disk(plan: Plan, output: str | Path) -> None:
     "Raise `OSError` when the disk of `output` is too full for what `plan` says."
     folder = next(parent for parent in Path(output).absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
-    if free < plan.disk_bytes: raise OSError(f"{folder}: {plan.disk_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; choose another disk or make room")
+    if free < plan.disk_bytes:
+        raise OSError(
+            f"{folder}: {plan.disk_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; choose another disk or make room"
+        )
 
 # %% ../nbs/36_plan.ipynb #a056cf86
 def outcome(plan: Plan, output: str | Path, seconds: float) -> str:
     "What was planned and what it was, as text."
     files = [path for path in Path(output).rglob("*") if path.is_file()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rows = {"written, GB": (plan.bytes_out / 1e9, sum(path.stat().st_size for path in files) / 1e9), "memory, GB": (plan.memory_bytes / 1e9, peak / 1e9), "time, hours": (plan.hours, seconds / 3600)}
-    return "\n".join([f"{'':<14}{'planned':>10}{'was':>10}", *(f"{name:<14}{planned:>10.3f}{was:>10.3f}" for name, (planned, was) in rows.items())])
+    rows = {
+        "written, GB": (plan.bytes_out / 1e9, sum(path.stat().st_size for path in files) / 1e9),
+        "memory, GB": (plan.memory_bytes / 1e9, peak / 1e9),
+        "time, hours": (plan.hours, seconds / 3600),
+    }
+    return "\n".join(
+        [
+            f"{'':<14}{'planned':>10}{'was':>10}",
+            *(f"{name:<14}{planned:>10.3f}{was:>10.3f}" for name, (planned, was) in rows.items()),
+        ]
+    )

@@ -22,20 +22,39 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PANEL, _INK = "#f6f6f4", "#3a3a3a"
 STYLE = {
-    "figure.facecolor": _PANEL, "axes.facecolor": _PANEL, "savefig.facecolor": _PANEL, "savefig.transparent": False, "figure.dpi": 100,
-    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#d8d8d4", "axes.axisbelow": True,
-    "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "lines.linewidth": 1.8, "lines.markersize": 6, "legend.frameon": False, "axes.prop_cycle": plt.cycler(color=COLORS),
+    "figure.facecolor": _PANEL,
+    "axes.facecolor": _PANEL,
+    "savefig.facecolor": _PANEL,
+    "savefig.transparent": False,
+    "figure.dpi": 100,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#d8d8d4",
+    "axes.axisbelow": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "axes.prop_cycle": plt.cycler(color=COLORS),
 }
 
 # %% ../nbs/60_plots.ipynb #b1c11289
-def figure(*,
-           xlabel: str,  # With the unit
-           ylabel: str,  # With the unit
-           title: str = "",
-           width: float = 6.4,  # Inches
-           height: float = 4.0  # Inches
-          ) -> tuple[Figure, Axes]:
+def figure(
+    *,
+    xlabel: str,  # With the unit
+    ylabel: str,  # With the unit
+    title: str = "",
+    width: float = 6.4,  # Inches
+    height: float = 4.0,  # Inches
+) -> tuple[Figure, Axes]:
     """An empty figure and its axes, in the style of the package.
 
     >>> fig, ax = figure(xlabel="time (s)", ylabel="loss (nats)")
@@ -65,21 +84,31 @@ def frontier_table(points) -> pd.DataFrame:
     """
     table = pd.DataFrame(points)
     missing = [key for key in ("method", "ratio", "perplexity") if key not in table]
-    if missing: raise ValueError(f"points lack {', '.join(missing)}" if len(table) else "there is no point to plot")
+    if missing:
+        raise ValueError(
+            f"points lack {', '.join(missing)}" if len(table) else "there is no point to plot"
+        )
     for key in ("ratio", "perplexity"):
         wrong = [value for value in table[key] if not (math.isfinite(value) and value > 0)]
-        if wrong: raise ValueError(f"{key} must be a positive finite number; got {wrong[0]}")
+        if wrong:
+            raise ValueError(f"{key} must be a positive finite number; got {wrong[0]}")
     order = {method: n for n, method in enumerate(dict.fromkeys(table["method"]))}
-    if len(order) > len(COLORS): raise ValueError(f"{len(order)} methods are more than the {len(COLORS)} that one figure can show")
-    return table.sort_values("ratio").sort_values("method", key=lambda method: method.map(order), kind="stable", ignore_index=True)
+    if len(order) > len(COLORS):
+        raise ValueError(
+            f"{len(order)} methods are more than the {len(COLORS)} that one figure can show"
+        )
+    return table.sort_values("ratio").sort_values(
+        "method", key=lambda method: method.map(order), kind="stable", ignore_index=True
+    )
 
 # %% ../nbs/60_plots.ipynb #0d247a85
-def plot_frontier(points,  # List of dicts or DataFrame: method, ratio (stored / original expert parameters), perplexity
-                  original: float | None = None,  # Perplexity of the original model
-                  *,
-                  title: str = "",
-                  log: bool = False  # Logarithmic perplexity, where methods differ by factors
-                 ) -> Figure:
+def plot_frontier(
+    points,  # List of dicts or DataFrame: method, ratio (stored / original expert parameters), perplexity
+    original: float | None = None,  # Perplexity of the original model
+    *,
+    title: str = "",
+    log: bool = False,  # Logarithmic perplexity, where methods differ by factors
+) -> Figure:
     """Perplexity against stored expert parameters, one line per method, the first on top, from saved results.
 
     >>> fig = plot_frontier([{"method": "a", "ratio": r, "perplexity": 5 / r} for r in (.5, .25)], original=4)
@@ -88,21 +117,36 @@ def plot_frontier(points,  # List of dicts or DataFrame: method, ratio (stored /
     ([25.0, 50.0], ['a', 'original'])
     """
     table = frontier_table(points)
-    if original is not None and not (math.isfinite(original) and original > 0): raise ValueError(f"original must be a positive finite number; got {original}")
-    fig, ax = figure(xlabel="stored expert parameters (% of the original)", ylabel="perplexity (per token)", title=title)
+    if original is not None and not (math.isfinite(original) and original > 0):
+        raise ValueError(f"original must be a positive finite number; got {original}")
+    fig, ax = figure(
+        xlabel="stored expert parameters (% of the original)",
+        ylabel="perplexity (per token)",
+        title=title,
+    )
     with plt.rc_context(STYLE):
         for n, (method, group) in enumerate(table.groupby("method", sort=False)):
-            ax.plot(100 * group["ratio"], group["perplexity"], color=COLORS[n], marker=MARKERS[n], label=method, zorder=3 - n / len(COLORS))
-        if original is not None: ax.axhline(original, color=_INK, linestyle="--", linewidth=1.2, label="original")
-        if log: plain_log_scale(ax)
+            ax.plot(
+                100 * group["ratio"],
+                group["perplexity"],
+                color=COLORS[n],
+                marker=MARKERS[n],
+                label=method,
+                zorder=3 - n / len(COLORS),
+            )
+        if original is not None:
+            ax.axhline(original, color=_INK, linestyle="--", linewidth=1.2, label="original")
+        if log:
+            plain_log_scale(ax)
         ax.legend()
     return fig
 
 # %% ../nbs/60_plots.ipynb #2b912a1a
-def plot_losses(history: list[dict],  # `log_history` of a distillation, as `trainer_state.json` holds it
-                *,
-                title: str = ""
-               ) -> Figure:
+def plot_losses(
+    history: list[dict],  # `log_history` of a distillation, as `trainer_state.json` holds it
+    *,
+    title: str = "",
+) -> Figure:
     """Divergence from the teacher and cross-entropy against the step.
 
     >>> ax, = plot_losses([{"step": 1, "kl": .5, "ce": 3.}, {"step": 2, "kl": .4, "ce": 2.}, {"step": 2, "eval_loss": 1.}]).axes
@@ -110,38 +154,62 @@ def plot_losses(history: list[dict],  # `log_history` of a distillation, as `tra
     [0.5, 0.4]
     """
     lines = [line for line in history if "kl" in line and "ce" in line]
-    if not lines: raise ValueError("the history holds no line with kl and ce: expected the log_history of a distillation")
+    if not lines:
+        raise ValueError(
+            "the history holds no line with kl and ce: expected the log_history of a distillation"
+        )
     fig, ax = figure(xlabel="step", ylabel="nats per token", title=title)
     with plt.rc_context(STYLE):
-        for name, label, color in zip(("kl", "ce"), ("divergence from the teacher", "cross-entropy of the text"), COLORS):
-            ax.plot([line["step"] for line in lines], [line[name] for line in lines], color=color, label=label)
+        for name, label, color in zip(
+            ("kl", "ce"), ("divergence from the teacher", "cross-entropy of the text"), COLORS
+        ):
+            ax.plot(
+                [line["step"] for line in lines],
+                [line[name] for line in lines],
+                color=color,
+                label=label,
+            )
         plain_log_scale(ax)
         ax.legend()
     return fig
 
 # %% ../nbs/60_plots.ipynb #7c0ffee2
-def evaluation_points(rows: list[dict],  # As in `results.jsonl`
-                      metric: str | None = None  # TASK/METRIC; default: the first
-                     ) -> tuple[str, pd.DataFrame]:
+def evaluation_points(
+    rows: list[dict],  # As in `results.jsonl`
+    metric: str | None = None,  # TASK/METRIC; default: the first
+) -> tuple[str, pd.DataFrame]:
     """Name of the metric, and one line per row, by step: kind, step, value, stderr, higher_is_better.
 
     >>> row = {"kind": "checkpoint", "step": 2, "tasks": {"t": {"metrics": {"acc": {"value": .5, "stderr": None, "higher_is_better": True}}}}}
     >>> evaluation_points([row])[1].value.tolist()
     [0.5]
     """
-    known = [f"{task}/{name}" for row in rows[:1] for task, record in row["tasks"].items() for name in record["metrics"]]
-    if not known: raise ValueError("there is no result to plot")
+    known = [
+        f"{task}/{name}"
+        for row in rows[:1]
+        for task, record in row["tasks"].items()
+        for name in record["metrics"]
+    ]
+    if not known:
+        raise ValueError("there is no result to plot")
     metric = metric or known[0]
-    if metric not in known: raise ValueError(f"metric: the results have no {metric}; they have {', '.join(known)}")
+    if metric not in known:
+        raise ValueError(f"metric: the results have no {metric}; they have {', '.join(known)}")
     task, _, name = metric.rpartition("/")
-    return metric, pd.DataFrame([dict(kind=row["kind"], step=row["step"], **row["tasks"][task]["metrics"][name]) for row in rows]).sort_values("step", ignore_index=True)
+    return metric, pd.DataFrame(
+        [
+            dict(kind=row["kind"], step=row["step"], **row["tasks"][task]["metrics"][name])
+            for row in rows
+        ]
+    ).sort_values("step", ignore_index=True)
 
 # %% ../nbs/60_plots.ipynb #7c0ffee3
-def plot_evaluations(rows: list[dict],  # As in `results.jsonl`, of one configuration
-                     metric: str | None = None,  # TASK/METRIC; default: the first
-                     *,
-                     title: str = ""
-                    ) -> Figure:
+def plot_evaluations(
+    rows: list[dict],  # As in `results.jsonl`, of one configuration
+    metric: str | None = None,  # TASK/METRIC; default: the first
+    *,
+    title: str = "",
+) -> Figure:
     """A metric against the step of the checkpoint, from saved results, with the teacher's line.
 
     >>> def row(kind, step, value): return {"kind": kind, "step": step, "tasks": {"t": {"metrics": {"acc": {"value": value, "stderr": .01, "higher_is_better": True}}}}}
@@ -150,15 +218,42 @@ def plot_evaluations(rows: list[dict],  # As in `results.jsonl`, of one configur
     ('t/acc (higher is better)', [2.0, 4.0])
     """
     metric, table = evaluation_points(rows, metric)
-    steps, teacher = table[table.kind.isin(["checkpoint", "student"])].astype({"step": float, "stderr": float}), table[table.kind == "teacher"]
-    direction = {True: " (higher is better)", False: " (lower is better)"}.get(table.higher_is_better[0], "")
+    steps, teacher = (
+        table[table.kind.isin(["checkpoint", "student"])].astype({"step": float, "stderr": float}),
+        table[table.kind == "teacher"],
+    )
+    direction = {True: " (higher is better)", False: " (lower is better)"}.get(
+        table.higher_is_better[0], ""
+    )
     fig, ax = figure(xlabel="step", ylabel=metric + direction, title=title)
     with plt.rc_context(STYLE):
-        ax.errorbar(steps.step, steps.value, yerr=steps.stderr.fillna(0), color=COLORS[0], marker=MARKERS[0], capsize=3, label="student")
+        ax.errorbar(
+            steps.step,
+            steps.value,
+            yerr=steps.stderr.fillna(0),
+            color=COLORS[0],
+            marker=MARKERS[0],
+            capsize=3,
+            label="student",
+        )
         if direction and len(steps):
-            best = steps.loc[steps.value.idxmax() if table.higher_is_better[0] else steps.value.idxmin()]
-            ax.plot([best.step], [best.value], linestyle="", marker="o", markersize=12, markerfacecolor="none", color=COLORS[1], label=f"best, step {best.step:.0f}")
-        if len(teacher): ax.axhline(teacher.value.iloc[-1], color=_INK, linestyle="--", linewidth=1.2, label="teacher")
+            best = steps.loc[
+                steps.value.idxmax() if table.higher_is_better[0] else steps.value.idxmin()
+            ]
+            ax.plot(
+                [best.step],
+                [best.value],
+                linestyle="",
+                marker="o",
+                markersize=12,
+                markerfacecolor="none",
+                color=COLORS[1],
+                label=f"best, step {best.step:.0f}",
+            )
+        if len(teacher):
+            ax.axhline(
+                teacher.value.iloc[-1], color=_INK, linestyle="--", linewidth=1.2, label="teacher"
+            )
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         ax.legend()
     return fig
@@ -166,6 +261,7 @@ def plot_evaluations(rows: list[dict],  # As in `results.jsonl`, of one configur
 # %% ../nbs/60_plots.ipynb #49071fa6
 class HeatMap(NamedTuple):
     "One panel of a figure; panels with the same label share a scale."
+
     table: pd.DataFrame  # One row per layer
     label: str  # Of the colours, with the unit
     xlabel: str
@@ -175,57 +271,97 @@ class HeatMap(NamedTuple):
 def name_ticks(axis, names) -> None:
     "Ticks that carry `names`: all of them where they are words, a few where they are numbers."
     axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 8, 10]))
-    if pd.api.types.is_numeric_dtype(names): axis.set_major_formatter(lambda at, _: str(names[round(at)]) if 0 <= round(at) < len(names) else "")
-    else: axis.set_ticks(range(len(names)), names)
+    if pd.api.types.is_numeric_dtype(names):
+        axis.set_major_formatter(
+            lambda at, _: str(names[round(at)]) if 0 <= round(at) < len(names) else ""
+        )
+    else:
+        axis.set_ticks(range(len(names)), names)
 
 # %% ../nbs/60_plots.ipynb #87168236
 def draw_panels(panels: list[tuple[Axes, HeatMap]]):
     "Draw panels on one scale, of sixteen steps that the eye can find again on the bar; returns the last image."
     values = pd.concat([panel.table.stack() for _, panel in panels])
     for ax, panel in panels:
-        image = ax.imshow(panel.table.to_numpy(dtype=float), aspect="auto", cmap=plt.colormaps["cividis"].resampled(16), vmin=float(values.min()), vmax=float(values.max()), interpolation="nearest")
+        image = ax.imshow(
+            panel.table.to_numpy(dtype=float),
+            aspect="auto",
+            cmap=plt.colormaps["cividis"].resampled(16),
+            vmin=float(values.min()),
+            vmax=float(values.max()),
+            interpolation="nearest",
+        )
         ax.set(title=panel.title, xlabel=panel.xlabel)
         name_ticks(ax.xaxis, panel.table.columns)
     return image
 
 # %% ../nbs/60_plots.ipynb #761d9979
-def heat_maps(panels: list[HeatMap],  # Side by side, over the same rows
-              *,
-              ylabel: str = "layer",
-              title: str = ""
-             ) -> Figure:
+def heat_maps(
+    panels: list[HeatMap],  # Side by side, over the same rows
+    *,
+    ylabel: str = "layer",
+    title: str = "",
+) -> Figure:
     """Tables as colours. A value that is missing stays empty.
 
     >>> fig = heat_maps([HeatMap(pd.DataFrame([[1, 2], [3, 4]]), "rank", "expert"), HeatMap(pd.DataFrame([[0, 9], [3, 4]]), "rank", "expert", "down")])
     >>> [ax.get_title("left") for ax in fig.axes], fig.axes[0].images[0].get_clim()
     (['', 'down', ''], (0.0, 9.0))
     """
-    if not panels or any(panel.table.empty for panel in panels): raise ValueError("there is nothing to draw: a table is empty")
-    widths = [max(8, min(48, (1 if pd.api.types.is_numeric_dtype(panel.table.columns) else 6) * len(panel.table.columns))) for panel in panels]
+    if not panels or any(panel.table.empty for panel in panels):
+        raise ValueError("there is nothing to draw: a table is empty")
+    widths = [
+        max(
+            8,
+            min(
+                48,
+                (1 if pd.api.types.is_numeric_dtype(panel.table.columns) else 6)
+                * len(panel.table.columns),
+            ),
+        )
+        for panel in panels
+    ]
     rows = max(len(panel.table) for panel in panels)
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        size = min(12, max(6.4, 1.5 * len(panels) + .08 * sum(widths))), min(9, max(2.8, 1.6 + .12 * rows))
-        fig, (axes,) = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained", width_ratios=widths)
+        size = (
+            min(12, max(6.4, 1.5 * len(panels) + 0.08 * sum(widths))),
+            min(9, max(2.8, 1.6 + 0.12 * rows)),
+        )
+        fig, (axes,) = plt.subplots(
+            1,
+            len(panels),
+            figsize=size,
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
+            width_ratios=widths,
+        )
         for label in dict.fromkeys(panel.label for panel in panels):
             same = [(ax, panel) for ax, panel in zip(axes, panels) if panel.label == label]
             fig.colorbar(draw_panels(same), ax=[ax for ax, _ in same], label=label)
         name_ticks(axes[0].yaxis, panels[0].table.index)
         axes[0].set_ylabel(ylabel)
-        if title: fig.suptitle(title, x=0, ha="left", fontsize=11)
+        if title:
+            fig.suptitle(title, x=0, ha="left", fontsize=11)
     plt.close(fig)
     return fig
 
 # %% ../nbs/60_plots.ipynb #9aaacdab
-def rank_panels(ranks: dict[str, pd.DataFrame]) -> list[HeatMap]: return [HeatMap(table, "rank of the factors", "expert", name) for name, table in ranks.items()]
+def rank_panels(ranks: dict[str, pd.DataFrame]) -> list[HeatMap]:
+    return [HeatMap(table, "rank of the factors", "expert", name) for name, table in ranks.items()]
 
 # %% ../nbs/60_plots.ipynb #e42ce0c6
-def error_panel(errors: pd.DataFrame) -> HeatMap: return HeatMap(errors, "relative squared error", "of the weights, of the output")
+def error_panel(errors: pd.DataFrame) -> HeatMap:
+    return HeatMap(errors, "relative squared error", "of the weights, of the output")
 
 # %% ../nbs/60_plots.ipynb #236007eb
-def plot_ranks(ranks: dict[str, pd.DataFrame],  # Projection -> rank of the factors, one row per layer, one column per expert
-               *,
-               title: str = ""
-              ) -> Figure:
+def plot_ranks(
+    ranks: dict[
+        str, pd.DataFrame
+    ],  # Projection -> rank of the factors, one row per layer, one column per expert
+    *,
+    title: str = "",
+) -> Figure:
     """The rank that each expert of each layer was given.
 
     >>> [ax.get_title("left") for ax in plot_ranks({"down": pd.DataFrame([[1, 0], [2, 5]])}).axes]
@@ -234,10 +370,11 @@ def plot_ranks(ranks: dict[str, pd.DataFrame],  # Projection -> rank of the fact
     return heat_maps(rank_panels(ranks), title=title)
 
 # %% ../nbs/60_plots.ipynb #7f638e4b
-def plot_errors(errors: pd.DataFrame,  # Squared norm of the difference / squared norm, one row per layer, one column for each projection or output
-                *,
-                title: str = ""
-               ) -> Figure:
+def plot_errors(
+    errors: pd.DataFrame,  # Squared norm of the difference / squared norm, one row per layer, one column for each projection or output
+    *,
+    title: str = "",
+) -> Figure:
     """The relative squared error of each layer, weights and output.
 
     >>> ax, _ = plot_errors(pd.DataFrame([[.5, .4], [.3, .2]], columns=["down", "output"])).axes
@@ -247,19 +384,32 @@ def plot_errors(errors: pd.DataFrame,  # Squared norm of the difference / square
     return heat_maps([error_panel(errors)], title=title)
 
 # %% ../nbs/60_plots.ipynb #e4be67e9
-def plot_similarity(before: pd.DataFrame,  # Cosine between every two experts
-                    after: pd.DataFrame,
-                    *,
-                    title: str = ""
-                   ) -> Figure:
+def plot_similarity(
+    before: pd.DataFrame,  # Cosine between every two experts
+    after: pd.DataFrame,
+    *,
+    title: str = "",
+) -> Figure:
     """Similarity of experts before and after alignment, on one scale.
 
     >>> fig = plot_similarity(pd.DataFrame([[1, .1], [.1, 1]]), pd.DataFrame([[1, .6], [.6, 1]]))
     >>> fig.axes[1].images[0].get_clim()
     (0.1, 0.6)
     """
-    def others(table): return table.where([[row != column for column in range(len(table))] for row in range(len(table))])
-    return heat_maps([HeatMap(others(table), "cosine between the weights", "expert", name) for name, table in (("before", before), ("after", after))], ylabel="expert", title=title)
+
+    def others(table):
+        return table.where(
+            [[row != column for column in range(len(table))] for row in range(len(table))]
+        )
+
+    return heat_maps(
+        [
+            HeatMap(others(table), "cosine between the weights", "expert", name)
+            for name, table in (("before", before), ("after", after))
+        ],
+        ylabel="expert",
+        title=title,
+    )
 
 # %% ../nbs/60_plots.ipynb #576e9a68
 def plot_speedups(rows: list[dict], title: str = "") -> Figure:
@@ -271,11 +421,23 @@ def plot_speedups(rows: list[dict], title: str = "") -> Figure:
     """
     table = pd.DataFrame(rows)
     groups = list(table.groupby(["model", "ratio"], sort=False))
-    fig, ax = figure(xlabel="tokens in a call", ylabel="times as fast as the original", title=title, width=9)
+    fig, ax = figure(
+        xlabel="tokens in a call", ylabel="times as fast as the original", title=title, width=9
+    )
     sizes = sorted(table.tokens.unique())
     for n, ((name, ratio), group) in enumerate(groups):
-        at = [sizes.index(tokens) + .8 * (n - len(groups) / 2 + .5) / len(groups) for tokens in group.tokens]
-        ax.bar(at, group.speedup, width=.75 / len(groups), color=COLORS[list(table.model.unique()).index(name) % len(COLORS)], alpha=1 - .3 * (list(group.ratio)[0] > .12) - .3 * (list(group.ratio)[0] > .25), label=f"{name}, {ratio}")
+        at = [
+            sizes.index(tokens) + 0.8 * (n - len(groups) / 2 + 0.5) / len(groups)
+            for tokens in group.tokens
+        ]
+        ax.bar(
+            at,
+            group.speedup,
+            width=0.75 / len(groups),
+            color=COLORS[list(table.model.unique()).index(name) % len(COLORS)],
+            alpha=1 - 0.3 * (list(group.ratio)[0] > 0.12) - 0.3 * (list(group.ratio)[0] > 0.25),
+            label=f"{name}, {ratio}",
+        )
     ax.axhline(1, color="#3a3a3a", linewidth=1)
     ax.set_xticks(range(len(sizes)), sizes)
     ax.legend(fontsize=7, ncols=2)
@@ -290,8 +452,12 @@ def plot_roofline(rows: list[dict], title: str = "") -> Figure:
     [50.0]
     """
     fig, ax = figure(xlabel="tokens in a call", ylabel="% of the roofline", title=title)
-    for ((name, ratio), group), color in zip(pd.DataFrame(rows).groupby(["model", "ratio"], sort=False), COLORS * 2):
-        ax.plot(group.tokens, 100 * group.roofline, marker="o", color=color, label=f"{name}, {ratio}")
+    for ((name, ratio), group), color in zip(
+        pd.DataFrame(rows).groupby(["model", "ratio"], sort=False), COLORS * 2
+    ):
+        ax.plot(
+            group.tokens, 100 * group.roofline, marker="o", color=color, label=f"{name}, {ratio}"
+        )
     ax.set_xscale("log")
     ax.legend(fontsize=7)
     return fig

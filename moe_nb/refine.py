@@ -21,6 +21,7 @@ from .text import batches
 # %% ../nbs/24_refine.ipynb #afe35f80
 class LayerRecord(NamedTuple):
     "What one experts module was called with, and what it put out."
+
     inputs_Td: torch.Tensor
     index_TK: torch.Tensor  # Chosen experts
     weights_TK: torch.Tensor  # Routing weights
@@ -28,7 +29,9 @@ class LayerRecord(NamedTuple):
 
 # %% ../nbs/24_refine.ipynb #5a2385a3
 @torch.no_grad()
-def record_layers(model: nn.Module, calibration: Iterable[torch.Tensor], names: Iterable[str]) -> dict[str, LayerRecord]:
+def record_layers(
+    model: nn.Module, calibration: Iterable[torch.Tensor], names: Iterable[str]
+) -> dict[str, LayerRecord]:
     "Records of the experts modules `names` over all tokens of `calibration`, from one forward pass."
     modules = {name: model.get_submodule(name) for name in names}
     calls = {name: [] for name in modules}
@@ -45,39 +48,62 @@ def record_layers(model: nn.Module, calibration: Iterable[torch.Tensor], names: 
 def output_error(experts: nn.Module, record: LayerRecord) -> torch.Tensor:
     "Squared error of the outputs of `experts` relative to those of `record`; differentiable."
     outputs_Td = experts(record.inputs_Td.float(), record.index_TK, record.weights_TK.float())
-    return (outputs_Td - record.outputs_Td).square().sum() / record.outputs_Td.float().square().sum()
+    return (
+        outputs_Td - record.outputs_Td
+    ).square().sum() / record.outputs_Td.float().square().sum()
 
 # %% ../nbs/24_refine.ipynb #80ba30ce
-def refine_experts(experts: SharedCoreExperts,  # Changed in place; fp32
-                   record: LayerRecord,
-                   *,
-                   steps: int = 200,
-                   batch: int = 1024,  # Tokens per step
-                   lr: float = .06,  # Relative to the root mean square of each factor
-                   heldout: int = 4096,  # Tokens held out, at most a tenth
-                   seed: int = 0
-                  ) -> tuple[float, float]:
+def refine_experts(
+    experts: SharedCoreExperts,  # Changed in place; fp32
+    record: LayerRecord,
+    *,
+    steps: int = 200,
+    batch: int = 1024,  # Tokens per step
+    lr: float = 0.06,  # Relative to the root mean square of each factor
+    heldout: int = 4096,  # Tokens held out, at most a tenth
+    seed: int = 0,
+) -> tuple[float, float]:
     "Fit all factors to the recorded outputs; returns the held-out error before and after. Deterministic."
     count = len(record.inputs_Td) - min(heldout, len(record.inputs_Td) // 10)
-    kept, last = (LayerRecord(*(value[part] for value in record)) for part in (slice(count), slice(count, None)))
+    kept, last = (
+        LayerRecord(*(value[part] for value in record))
+        for part in (slice(count), slice(count, None))
+    )
     state = {name: value.clone() for name, value in experts.state_dict().items()}
-    with torch.no_grad(): before = output_error(experts, last).item()
+    with torch.no_grad():
+        before = output_error(experts, last).item()
     descend(experts, kept, steps=steps, batch=min(batch, count), lr=lr, seed=seed)
-    with torch.no_grad(): after = output_error(experts, last).item()
-    if after < before: return before, after
+    with torch.no_grad():
+        after = output_error(experts, last).item()
+    if after < before:
+        return before, after
     experts.load_state_dict(state)
     return before, before
 
 # %% ../nbs/24_refine.ipynb #75424936
 @torch.enable_grad()
-def descend(experts: SharedCoreExperts, record: LayerRecord, *, steps: int, batch: int, lr: float, seed: int) -> None:
+def descend(
+    experts: SharedCoreExperts, record: LayerRecord, *, steps: int, batch: int, lr: float, seed: int
+) -> None:
     "`steps` steps of Adam on the output error, minibatches drawn without replacement."
-    factors = [p for core in experts.children() if isinstance(core, SharedCore) for p in core.parameters() if p.numel()]
-    optimizer = torch.optim.Adam([{"params": [p], "lr": lr * p.detach().square().mean().sqrt().item()} for p in factors], betas=(.9, .99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: .5 + .5 * math.cos(math.pi * step / steps))
+    factors = [
+        p
+        for core in experts.children()
+        if isinstance(core, SharedCore)
+        for p in core.parameters()
+        if p.numel()
+    ]
+    optimizer = torch.optim.Adam(
+        [{"params": [p], "lr": lr * p.detach().square().mean().sqrt().item()} for p in factors],
+        betas=(0.9, 0.99),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    )
     generator, order_T = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
     for _ in range(steps):
-        if len(order_T) < batch: order_T = torch.randperm(len(record.inputs_Td), generator=generator)
+        if len(order_T) < batch:
+            order_T = torch.randperm(len(record.inputs_Td), generator=generator)
         chosen, order_T = order_T[:batch].to(record.inputs_Td.device), order_T[batch:]
         output_error(experts, LayerRecord(*(value[chosen] for value in record))).backward()
         optimizer.step()

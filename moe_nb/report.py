@@ -24,45 +24,100 @@ def rank_tables(path: str | Path) -> dict[str, pd.DataFrame]:
     for folder, layer in metadata["layers"].items():
         for projection in layer["projections"]:
             names = [f"{layer['module']}.{projection}.{side}_ranks" for side in ("narrow", "wide")]
-            if names[0] in tensors: tables.setdefault(projection, {})[int(folder.removeprefix("layer_"))] = sum(tensors[name][...] for name in names).tolist()
-    tables = {projection: pd.DataFrame.from_dict(ranks, orient="index") for projection, ranks in tables.items()}
-    if "gate" in tables and "up" in tables and tables["gate"].equals(tables["up"]): tables = {"gate and up": tables["gate"], **{name: table for name, table in tables.items() if name == "down"}}
+            if names[0] in tensors:
+                tables.setdefault(projection, {})[int(folder.removeprefix("layer_"))] = sum(
+                    tensors[name][...] for name in names
+                ).tolist()
+    tables = {
+        projection: pd.DataFrame.from_dict(ranks, orient="index")
+        for projection, ranks in tables.items()
+    }
+    if "gate" in tables and "up" in tables and tables["gate"].equals(tables["up"]):
+        tables = {
+            "gate and up": tables["gate"],
+            **{name: table for name, table in tables.items() if name == "down"},
+        }
     return tables
 
 # %% ../nbs/62_report.ipynb #8c59fc33
 def layer_records(path: str | Path) -> dict:
     "What the statistics of a directory say of its layers; empty for a model without a record."
-    return (yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text()) or {}).get("layers", {})
+    return (yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text()) or {}).get(
+        "layers", {}
+    )
 
 # %% ../nbs/62_report.ipynb #c1891173
 def error_table(path: str | Path) -> pd.DataFrame:
     "Relative squared errors, one row per layer: of the weights of each projection, and of the output where it is known."
-    def errors(record): return {**{name.removesuffix("_proj"): error for name, error in record["relative_error"].items()}, **({"output": record["output_error"]["refined"]} if "output_error" in record else {})}
-    return pd.DataFrame.from_dict({int(layer.removeprefix("layer_")): errors(record) for layer, record in layer_records(path).items()}, orient="index")
+
+    def errors(record):
+        return {
+            **{
+                name.removesuffix("_proj"): error
+                for name, error in record["relative_error"].items()
+            },
+            **({"output": record["output_error"]["refined"]} if "output_error" in record else {}),
+        }
+
+    return pd.DataFrame.from_dict(
+        {
+            int(layer.removeprefix("layer_")): errors(record)
+            for layer, record in layer_records(path).items()
+        },
+        orient="index",
+    )
 
 # %% ../nbs/62_report.ipynb #633bc953
 def report(path: str | Path) -> str:
     "What a compressed directory holds, as text: totals, and a table of its layers."
-    metadata, statistics = read_metadata(path), yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text())
+    metadata, statistics = (
+        read_metadata(path),
+        yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text()),
+    )
     size = sum(file["size"] for file in metadata["files"].values())
-    lines = [f"{path}: {size / 1e6:,.1f} MB in {len(metadata['files'])} files, format {metadata['format_version']} ({metadata['weights_format']})"]
-    if not statistics: return lines[0]
+    lines = [
+        f"{path}: {size / 1e6:,.1f} MB in {len(metadata['files'])} files, format {metadata['format_version']} ({metadata['weights_format']})"
+    ]
+    if not statistics:
+        return lines[0]
     for kind in ("total", "active", "expert"):
-        before, after = (statistics[f"{kind}_params_{state}"] for state in ("original", "compressed"))
-        lines.append(f"{kind:>6} parameters  {before:>16,} -> {after:>16,}  {after / before:7.1%} of the original")
+        before, after = (
+            statistics[f"{kind}_params_{state}"] for state in ("original", "compressed")
+        )
+        lines.append(
+            f"{kind:>6} parameters  {before:>16,} -> {after:>16,}  {after / before:7.1%} of the original"
+        )
     return "\n".join([*lines, "", layer_table(path).round(3).to_string(index=False)])
 
 # %% ../nbs/62_report.ipynb #9fb44bc4
 def layer_table(path: str | Path) -> pd.DataFrame:
     "One row per layer: stored parameters and their share, mean and largest rank of its experts, relative squared errors, and how many experts saw no token."
     records, ranks = layer_records(path), rank_tables(path)
-    table = pd.DataFrame([dict(layer=int(layer.removeprefix("layer_")), stored=record["params_compressed"], ratio=record["compression_ratio"]) for layer, record in records.items()]).set_index("layer")
-    for projection, of in ranks.items(): table[f"rank {projection}"] = [f"{mean:.1f}, max {largest}" for mean, largest in zip(of.mean(axis=1), of.max(axis=1))]
+    table = pd.DataFrame(
+        [
+            dict(
+                layer=int(layer.removeprefix("layer_")),
+                stored=record["params_compressed"],
+                ratio=record["compression_ratio"],
+            )
+            for layer, record in records.items()
+        ]
+    ).set_index("layer")
+    for projection, of in ranks.items():
+        table[f"rank {projection}"] = [
+            f"{mean:.1f}, max {largest}" for mean, largest in zip(of.mean(axis=1), of.max(axis=1))
+        ]
     table = table.join(error_table(path).add_prefix("error "))
-    if any(record["experts_without_tokens"] for record in records.values()): table["unseen experts"] = [len(record["experts_without_tokens"]) for record in records.values()]
+    if any(record["experts_without_tokens"] for record in records.values()):
+        table["unseen experts"] = [
+            len(record["experts_without_tokens"]) for record in records.values()
+        ]
     return table.reset_index()
 
 # %% ../nbs/62_report.ipynb #c87f851d
 def plot_report(path: str | Path, title: str | None = None) -> Figure:
     "Ranks per layer and expert, and the errors per layer, of a compressed directory as one figure."
-    return heat_maps([*rank_panels(rank_tables(path)), error_panel(error_table(path))], title=Path(path).name if title is None else title)
+    return heat_maps(
+        [*rank_panels(rank_tables(path)), error_panel(error_table(path))],
+        title=Path(path).name if title is None else title,
+    )

@@ -17,7 +17,10 @@ from .files import replace_text
 # %% ../nbs/64_run_notebook.ipynb #5ba1e74d
 def is_parameters(cell: dict) -> bool:
     "Whether a cell holds the parameters of its notebook."
-    return cell["cell_type"] == "code" and ("parameters" in cell["metadata"].get("tags", []) or cell["source"].startswith("#| parameters"))
+    return cell["cell_type"] == "code" and (
+        "parameters" in cell["metadata"].get("tags", [])
+        or cell["source"].startswith("#| parameters")
+    )
 
 # %% ../nbs/64_run_notebook.ipynb #d5d5aed2
 def assigned(source: str) -> dict:
@@ -29,10 +32,16 @@ def assigned(source: str) -> dict:
     found = {}
     for line in (node for node in ast.parse(source).body if isinstance(node, ast.Assign)):
         for target in line.targets:
-            pairs = zip(target.elts, line.value.elts) if isinstance(target, ast.Tuple) and isinstance(line.value, ast.Tuple) else [(target, line.value)]
+            pairs = (
+                zip(target.elts, line.value.elts)
+                if isinstance(target, ast.Tuple) and isinstance(line.value, ast.Tuple)
+                else [(target, line.value)]
+            )
             for name, value in pairs:
-                try: found[ast.unparse(name)] = ast.literal_eval(value)
-                except ValueError: found[ast.unparse(name)] = ...
+                try:
+                    found[ast.unparse(name)] = ast.literal_eval(value)
+                except ValueError:
+                    found[ast.unparse(name)] = ...
     return found
 
 # %% ../nbs/64_run_notebook.ipynb #1d892b8c
@@ -42,22 +51,38 @@ def parameter_value(name: str, text: str, default):
     >>> parameter_value("ratio", "1", .25), parameter_value("model", "Qwen/Qwen3-30B-A3B", None), parameter_value("layers", "[0, 2]", [1])
     (1.0, 'Qwen/Qwen3-30B-A3B', [0, 2])
     """
-    try: value = ast.literal_eval(text)
-    except (ValueError, SyntaxError): value = text
-    if isinstance(default, str): return value if isinstance(value, str) else text
-    if default is None or default is ... or type(value) is type(default): return value
-    if isinstance(default, float) and type(value) is int: return float(value)
-    raise ValueError(f"{name}: expected a value of type {type(default).__name__}, as its default {default!r} is; got {text!r}")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, str):
+        return value if isinstance(value, str) else text
+    if default is None or default is ... or type(value) is type(default):
+        return value
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    raise ValueError(
+        f"{name}: expected a value of type {type(default).__name__}, as its default {default!r} is; got {text!r}"
+    )
 
 # %% ../nbs/64_run_notebook.ipynb #e6283e11
 def parameter_values(nb: dict, given: list[str]) -> dict:
     "Name -> value of `given`, each NAME=VALUE, for a notebook; `ValueError` for what it does not know."
-    known = {name: value for cell in nb["cells"] if is_parameters(cell) for name, value in assigned(cell["source"]).items()}
+    known = {
+        name: value
+        for cell in nb["cells"]
+        if is_parameters(cell)
+        for name, value in assigned(cell["source"]).items()
+    }
     pairs = dict(part.partition("=")[::2] for part in given)
     for part in given:
-        if "=" not in part: raise ValueError(f"a parameter is given as NAME=VALUE; got {part!r}")
+        if "=" not in part:
+            raise ValueError(f"a parameter is given as NAME=VALUE; got {part!r}")
     unknown = sorted(pairs.keys() - known)
-    if unknown: raise ValueError(f"no parameter {', '.join(unknown)}; the notebook has {', '.join(f'{name} = ' + ('...' if value is ... else repr(value)) for name, value in known.items()) or 'none'}")
+    if unknown:
+        raise ValueError(
+            f"no parameter {', '.join(unknown)}; the notebook has {', '.join(f'{name} = ' + ('...' if value is ... else repr(value)) for name, value in known.items()) or 'none'}"
+        )
     return {name: parameter_value(name, text, known[name]) for name, text in pairs.items()}
 
 # %% ../nbs/64_run_notebook.ipynb #a9ca145f
@@ -66,27 +91,43 @@ def with_parameters(nb: dict, values: dict) -> None:
     import nbformat
 
     for cell in nb["cells"]:
-        if cell["cell_type"] == "code": cell["outputs"], cell["execution_count"] = [], None
-    if not values: return
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [], None
+    if not values:
+        return
     at = next(n for n, cell in enumerate(nb["cells"]) if is_parameters(cell))
     source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in values.items())])
-    nb["cells"].insert(at + 1, nbformat.v4.new_code_cell(source, metadata=dict(tags=["injected-parameters"])))
+    nb["cells"].insert(
+        at + 1, nbformat.v4.new_code_cell(source, metadata=dict(tags=["injected-parameters"]))
+    )
 
 # %% ../nbs/64_run_notebook.ipynb #91babce6
-def run_notebook(path: str | Path,
-                 output: str | Path,  # Notebook to write
-                 parameters: list[str] = ()  # NAME=VALUE
-                ) -> Path:
+def run_notebook(
+    path: str | Path,
+    output: str | Path,  # Notebook to write
+    parameters: list[str] = (),  # NAME=VALUE
+) -> Path:
     "Run a notebook with these parameters and write it, with its outputs, to `output`; `RuntimeError` says which cell failed."
-    try: import ipykernel, nbclient, nbformat
-    except ImportError: raise ValueError("running a notebook needs nbclient, nbformat and ipykernel: pip install nbclient ipykernel") from None
+    try:
+        import ipykernel, nbclient, nbformat
+    except ImportError:
+        raise ValueError(
+            "running a notebook needs nbclient, nbformat and ipykernel: pip install nbclient ipykernel"
+        ) from None
     path, output = Path(path), Path(output)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such notebook")
-    if path.resolve() == output.resolve(): raise ValueError(f"{output} is the notebook itself: choose another output")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such notebook")
+    if path.resolve() == output.resolve():
+        raise ValueError(f"{output} is the notebook itself: choose another output")
     nb = nbformat.read(path, as_version=4)
     with_parameters(nb, parameter_values(nb, list(parameters)))
     output.parent.mkdir(parents=True, exist_ok=True)
-    execute(nb, path.parent, lambda: replace_text(output, json.dumps(nb, indent=1, ensure_ascii=False) + "\n"), f"it is in {output}, with what ran before it")
+    execute(
+        nb,
+        path.parent,
+        lambda: replace_text(output, json.dumps(nb, indent=1, ensure_ascii=False) + "\n"),
+        f"it is in {output}, with what ran before it",
+    )
     return output
 
 # %% ../nbs/64_run_notebook.ipynb #328f2047
@@ -95,13 +136,52 @@ def execute(nb: dict, folder: Path, save, where: str) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    code, running = [n for n, cell in enumerate(nb["cells"]) if cell["cell_type"] == "code" and cell["source"].strip()], [0]
-    headings = {n: next((cell["source"].lstrip("# ").partition("\n")[0] for cell in nb["cells"][n::-1] if cell["source"].startswith("#") and cell["cell_type"] == "markdown"), "") for n in code}
+    code, running = (
+        [
+            n
+            for n, cell in enumerate(nb["cells"])
+            if cell["cell_type"] == "code" and cell["source"].strip()
+        ],
+        [0],
+    )
+    headings = {
+        n: next(
+            (
+                cell["source"].lstrip("# ").partition("\n")[0]
+                for cell in nb["cells"][n::-1]
+                if cell["source"].startswith("#") and cell["cell_type"] == "markdown"
+            ),
+            "",
+        )
+        for n in code
+    }
     with tqdm(total=len(code), unit="cell") as progress:
-        def begun(cell, cell_index): running[0] = cell_index; progress.set_description(headings[cell_index])
-        def done(cell, cell_index, execute_reply): save(), progress.update()
-        client = NotebookClient(nb, timeout=None, kernel_name="python3", extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(folder)}}, on_cell_execute=begun, on_cell_executed=done)
-        try: client.execute()
-        except CellExecutionError as error: raise RuntimeError(f"cell {running[0]} failed: {error.ename}: {error.evalue}; {where}") from None
-        except DeadKernelError: raise RuntimeError(f"the kernel died in cell {running[0]}, for lack of memory perhaps; {where}") from None
-        finally: save()
+
+        def begun(cell, cell_index):
+            running[0] = cell_index
+            progress.set_description(headings[cell_index])
+
+        def done(cell, cell_index, execute_reply):
+            save(), progress.update()
+
+        client = NotebookClient(
+            nb,
+            timeout=None,
+            kernel_name="python3",
+            extra_arguments=["--log-level=40"],
+            resources={"metadata": {"path": str(folder)}},
+            on_cell_execute=begun,
+            on_cell_executed=done,
+        )
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            raise RuntimeError(
+                f"cell {running[0]} failed: {error.ename}: {error.evalue}; {where}"
+            ) from None
+        except DeadKernelError:
+            raise RuntimeError(
+                f"the kernel died in cell {running[0]}, for lack of memory perhaps; {where}"
+            ) from None
+        finally:
+            save()

@@ -44,19 +44,30 @@ WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"
 
 def source_folder(source: str | Path) -> Path:
     "The folder of a checkpoint: `source` itself, or what huggingface_hub keeps of a hub id."
-    if Path(source).is_dir(): return Path(source)
-    if Path(source).exists() or str(source).startswith((".", "/", "~")): raise FileNotFoundError(f"{source} is not a directory; pass the directory of a checkpoint or a hub id")
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{source} is not a directory; pass the directory of a checkpoint or a hub id"
+        )
     return Path(snapshot_download(str(source), allow_patterns=list(WANTED)))
 
 # %% ../nbs/32_shards.ipynb #b86a46e9
 def weight_files(folder: Path) -> dict[str, list[str] | None]:
     "File -> the tensors that the index says it holds, or None without an index."
     index, single = folder / INDEXES["safetensors"], folder / "model.safetensors"
-    if single.is_file(): return {single.name: None}
-    if not index.is_file(): raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}; streaming reads safetensors only, so convert other weights first (save_pretrained does)")
+    if single.is_file():
+        return {single.name: None}
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds neither {single.name} nor {index.name}; streaming reads safetensors only, so convert other weights first (save_pretrained does)"
+        )
     files: dict[str, list[str] | None] = {}
     for tensor, file in json.loads(index.read_text())["weight_map"].items():
-        if Path(file).is_absolute() or ".." in Path(file).parts: raise ValueError(f"{index}: {tensor} is said to be in {file!r}, outside the directory; nothing was read")
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ValueError(
+                f"{index}: {tensor} is said to be in {file!r}, outside the directory; nothing was read"
+            )
         files.setdefault(file, []).append(tensor)
     return files
 
@@ -64,6 +75,7 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
     "A tensor in a safetensors file that is read when it is indexed: by `...`, or by a slice of its rows."
+
     file: object  # As `safe_open` returns it
     name: str
     shape: torch.Size
@@ -73,20 +85,38 @@ class LazyTensor:
     def of(cls, file, name: str) -> "LazyTensor":
         "The tensor `name` of an open file."
         entry = file.get_slice(name)
-        return cls(file=file, name=name, shape=torch.Size(entry.get_shape()), dtype=str_to_torch_dtype[entry.get_dtype()])
+        return cls(
+            file=file,
+            name=name,
+            shape=torch.Size(entry.get_shape()),
+            dtype=str_to_torch_dtype[entry.get_dtype()],
+        )
 
-    def __getitem__(self, rows) -> torch.Tensor: return self.file.get_tensor(self.name) if rows is ... else self.file.get_slice(self.name)[rows]
+    def __getitem__(self, rows) -> torch.Tensor:
+        return (
+            self.file.get_tensor(self.name) if rows is ... else self.file.get_slice(self.name)[rows]
+        )
 
 # %% ../nbs/32_shards.ipynb #6c8e63ae
 def open_source(folder: Path) -> dict[str, LazyTensor]:
     "Tensor name -> lazy tensor, of every tensor of a checkpoint; raises where a shard is missing, cut short or not what the index says."
     tensors = {}
     for file, expected in weight_files(folder).items():
-        if not (folder / file).is_file(): raise FileNotFoundError(f"{folder / file} is missing; the index lists it with {len(expected or [])} tensors, so copy the checkpoint again")
-        try: opened = safe_open(folder / file, framework="pt", backend="pread")
-        except (SafetensorError, OSError) as error: raise ValueError(f"{folder / file} is damaged or cut short ({error}); copy it again") from None
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"{folder / file} is missing; the index lists it with {len(expected or [])} tensors, so copy the checkpoint again"
+            )
+        try:
+            opened = safe_open(folder / file, framework="pt", backend="pread")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{folder / file} is damaged or cut short ({error}); copy it again"
+            ) from None
         missing = set(expected or ()) - set(opened.keys())
-        if missing: raise ValueError(f"{folder / file} lacks {sorted(missing)[0]}, which the index says it holds; copy the checkpoint again")
+        if missing:
+            raise ValueError(
+                f"{folder / file} lacks {sorted(missing)[0]}, which the index says it holds; copy the checkpoint again"
+            )
         tensors |= {name: LazyTensor.of(opened, name) for name in expected or opened.keys()}
     return tensors
 
@@ -94,27 +124,41 @@ def open_source(folder: Path) -> dict[str, LazyTensor]:
 @dataclass(frozen=True, kw_only=True)
 class ScaledTensor:
     "A lazy tensor in fp8 with a scale for each block: read as their product, in `dtype`."
+
     values: LazyTensor
     scales: LazyTensor
     dtype: torch.dtype
 
     @property
-    def shape(self) -> torch.Size: return self.values.shape
+    def shape(self) -> torch.Size:
+        return self.values.shape
 
     def __getitem__(self, rows) -> torch.Tensor:
         whole = dequantize_blocks(self.values[...], self.scales[...]).to(self.dtype)
         return whole if rows is ... else whole[rows]
 
 # %% ../nbs/32_shards.ipynb #3e06c3ad
-def dequantized(folder: Path, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor | ScaledTensor]:
+def dequantized(
+    folder: Path, tensors: dict[str, LazyTensor]
+) -> dict[str, LazyTensor | ScaledTensor]:
     "The tensors of a checkpoint as if it were not quantized; raises for any quantization but fp8 by blocks."
     config = AutoConfig.from_pretrained(folder)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method is None: return tensors
-    if method != "fp8": raise ValueError(f"{folder} is quantized ({method}): streaming reads bfloat16, float16, float32 and fp8 with scales by block; load it, dequantize() it and save it first")
+    if method is None:
+        return tensors
+    if method != "fp8":
+        raise ValueError(
+            f"{folder} is quantized ({method}): streaming reads bfloat16, float16, float32 and fp8 with scales by block; load it, dequantize() it and save it first"
+        )
     dtype = config.dtype if config.dtype and config.dtype.itemsize > 1 else torch.bfloat16
     scaled = {name: f"{name}_scale_inv" for name in tensors if f"{name}_scale_inv" in tensors}
-    return {name: ScaledTensor(values=value, scales=tensors[scaled[name]], dtype=dtype) if name in scaled else value for name, value in tensors.items() if name not in scaled.values()}
+    return {
+        name: ScaledTensor(values=value, scales=tensors[scaled[name]], dtype=dtype)
+        if name in scaled
+        else value
+        for name, value in tensors.items()
+        if name not in scaled.values()
+    }
 
 # %% ../nbs/32_shards.ipynb #fee4da92
 def source_identity(folder: Path) -> dict[str, str]:
@@ -126,47 +170,80 @@ def source_identity(folder: Path) -> dict[str, str]:
 def trim_heap() -> None:
     "Give freed memory back to the system, where the C library keeps it and can be asked (glibc)."
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim: trim(0)
+    if trim:
+        trim(0)
 
 # %% ../nbs/32_shards.ipynb #ef8f33ae
-def load_tensors(model: nn.Module,  # On the meta device, at least the part that is loaded
-                 tensors: dict,  # Names of the checkpoint -> tensors, which may be lazy, complete for each parameter they are part of
-                 device: str = "cpu"):
+def load_tensors(
+    model: nn.Module,  # On the meta device, at least the part that is loaded
+    tensors: dict,  # Names of the checkpoint -> tensors, which may be lazy, complete for each parameter they are part of
+    device: str = "cpu",
+):
     "Load `tensors` into `model`, through transformers' converters; returns what they report. Wrong shapes raise."
-    options = LoadStateDictConfig(device_map={"": device}, dtype=model.dtype, weight_mapping=load_conversions(model))
+    options = LoadStateDictConfig(
+        device_map={"": device}, dtype=model.dtype, weight_mapping=load_conversions(model)
+    )
     used = getattr(model, "_weight_conversions", None)
     report, _ = convert_and_load_state_dict_in_model(model, tensors, options)
     trim_heap()
-    if used is not None: model._weight_conversions = used
+    if used is not None:
+        model._weight_conversions = used
     if report.mismatched_keys:
         name, found, expected = sorted(report.mismatched_keys)[0]
-        raise ValueError(f"{name}: expected shape {tuple(expected)} from config.json, found {tuple(found)} in the checkpoint; one of the two belongs to another model")
-    if report.conversion_errors: raise ValueError(f"{next(iter(report.conversion_errors))}: the experts of the checkpoint do not fit together ({next(iter(report.conversion_errors.values()))[:200]})")
+        raise ValueError(
+            f"{name}: expected shape {tuple(expected)} from config.json, found {tuple(found)} in the checkpoint; one of the two belongs to another model"
+        )
+    if report.conversion_errors:
+        raise ValueError(
+            f"{next(iter(report.conversion_errors))}: the experts of the checkpoint do not fit together ({next(iter(report.conversion_errors.values()))[:200]})"
+        )
     return report
 
 # %% ../nbs/32_shards.ipynb #c978a123
 def empty_model(folder: Path, tensors: dict) -> nn.Module:
     "The model of `folder` on the meta device; raises unless `tensors` are exactly its tensors."
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None): del config.quantization_config
+    if getattr(config, "quantization_config", None):
+        del config.quantization_config
     dtype = config.dtype or next(iter(tensors.values())).dtype
-    with init_empty_weights(): model = bare_model(config, dtype)
-    shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
+    with init_empty_weights():
+        model = bare_model(config, dtype)
+    shapes = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, value in tensors.items()
+    }
     report = load_tensors(model, shapes, "meta")
     model.tie_weights(missing_keys=report.missing_keys)
     missing = report.missing_keys - set(model.all_tied_weights_keys)
-    if missing: raise ValueError(f"{folder} lacks {sorted(missing)[0]} ({len(missing)} tensors in all); the checkpoint is incomplete")
-    if (folder / "generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {sorted(missing)[0]} ({len(missing)} tensors in all); the checkpoint is incomplete"
+        )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 # %% ../nbs/32_shards.ipynb #3bd54a25
 def runtime_names(model: nn.Module, names) -> dict[str, str]:
     "Name in the checkpoint -> name of the parameter or buffer of `model` that it is part of; those that no one loads are left out."
-    conversions, state, prefix = load_conversions(model), model.state_dict(), model.base_model_prefix
-    renamings, converters = ([c for c in conversions if isinstance(c, kind)] for kind in (WeightRenaming, WeightConverter))
-    def renamed(name, *rules): return rename_source_key(name, *rules, prefix, state)[0]
+    conversions, state, prefix = (
+        load_conversions(model),
+        model.state_dict(),
+        model.base_model_prefix,
+    )
+    renamings, converters = (
+        [c for c in conversions if isinstance(c, kind)]
+        for kind in (WeightRenaming, WeightConverter)
+    )
+
+    def renamed(name, *rules):
+        return rename_source_key(name, *rules, prefix, state)[0]
+
     found = {name: renamed(name, renamings, converters) for name in names}
-    found = {name: new if new in state or name not in state else renamed(name, [], []) for name, new in found.items()}
+    found = {
+        name: new if new in state or name not in state else renamed(name, [], [])
+        for name, new in found.items()
+    }
     return {name: new for name, new in found.items() if new in state}
 
 # %% ../nbs/32_shards.ipynb #7e548143
@@ -176,40 +253,74 @@ def part_of(name: str, modules) -> str:
     >>> part_of("model.layers.3.norm.weight", []), part_of("lm_head.weight", []), part_of("model.layers.3.mlp.experts.down_proj", ["model.layers.3.mlp.experts"])
     ('model.layers.3', 'lm_head.weight', 'model.layers.3.mlp.experts')
     """
-    return next((module for module in modules if name.startswith(module + ".")), re.sub(r"(\.\d+)\..*", r"\1", name))
+    return next(
+        (module for module in modules if name.startswith(module + ".")),
+        re.sub(r"(\.\d+)\..*", r"\1", name),
+    )
 
 # %% ../nbs/32_shards.ipynb #9cd0b8bc
-def parts_of(names: dict[str, str],  # Of `runtime_names`
-             modules  # Names of submodules that are parts of their own
-            ) -> dict[str, list[str]]:
+def parts_of(
+    names: dict[str, str],  # Of `runtime_names`
+    modules,  # Names of submodules that are parts of their own
+) -> dict[str, list[str]]:
     "Part of the model -> its tensors in the checkpoint: each of `modules`, of each numbered layer what is left of it, and every other tensor."
     parts = {name: [] for name in modules}
-    for name, new in names.items(): parts.setdefault(part_of(new, modules), []).append(name)
+    for name, new in names.items():
+        parts.setdefault(part_of(new, modules), []).append(name)
     return parts
 
 # %% ../nbs/32_shards.ipynb #a7c775e4
 def release(module: nn.Module) -> None:
     "Give back the memory of all parameters of `module`: they go to the meta device."
     for part in module.modules():
-        part._parameters.update({name: nn.Parameter(p.detach().to("meta"), requires_grad=False) for name, p in part._parameters.items() if p is not None})
+        part._parameters.update(
+            {
+                name: nn.Parameter(p.detach().to("meta"), requires_grad=False)
+                for name, p in part._parameters.items()
+                if p is not None
+            }
+        )
     trim_heap()
 
 # %% ../nbs/32_shards.ipynb #8bbb3e23
-_ALIGNMENT = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]  # the order of the library
+_ALIGNMENT = [
+    "U64",
+    "I64",
+    "F64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+]  # the order of the library
 _NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
 
-def file_layout(tensors: dict  # Name -> tensor, which may be on the meta device
-               ) -> tuple[bytes, dict[str, int]]:
+def file_layout(
+    tensors: dict,  # Name -> tensor, which may be on the meta device
+) -> tuple[bytes, dict[str, int]]:
     "Header of a safetensors file, byte for byte that of the library, and the offset of each tensor in the file."
     order = sorted(tensors, key=lambda name: (_ALIGNMENT.index(_NAMES[tensors[name].dtype]), name))
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in order:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in order}
+    return len(text).to_bytes(8, "little") + text, {
+        name: 8 + len(text) + header[name]["data_offsets"][0] for name in order
+    }
 
 # %% ../nbs/32_shards.ipynb #634e7d7f
 def create_file(path: Path, tensors: dict) -> dict[str, int]:
@@ -220,9 +331,12 @@ def create_file(path: Path, tensors: dict) -> dict[str, int]:
         file.write(header)
         size = len(header) + sum(value.numel() * value.element_size() for value in tensors.values())
         try:
-            if hasattr(os, "posix_fallocate"): os.posix_fallocate(file.fileno(), 0, size)
-            else: file.truncate(size)  # macOS: a full disk is noticed by a later write
-        except OSError as error: raise OSError(f"{path} could not be written: {error.strerror}") from None
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)  # macOS: a full disk is noticed by a later write
+        except OSError as error:
+            raise OSError(f"{path} could not be written: {error.strerror}") from None
     return offsets
 
 # %% ../nbs/32_shards.ipynb #a6f341bb
@@ -238,10 +352,18 @@ def write_at(path: Path, offset: int, data: memoryview) -> None:
         file.write(data)
 
 # %% ../nbs/32_shards.ipynb #ba628b26
-def copy_tensor(source: LazyTensor, path: Path, offset: int, dtype: torch.dtype, most: int = 1 << 26) -> None:
+def copy_tensor(
+    source: LazyTensor, path: Path, offset: int, dtype: torch.dtype, most: int = 1 << 26
+) -> None:
     "Copy a lazy tensor to `offset` of the file at `path`, at most about `most` numbers at a time."
     shape = source.shape
-    if not shape or 0 in shape: return write_at(path, offset, tensor_bytes(source[...].to(dtype)))
+    if not shape or 0 in shape:
+        return write_at(path, offset, tensor_bytes(source[...].to(dtype)))
     row = shape[1:].numel()
     step = max(1, most // row)
-    for start in range(0, shape[0], step): write_at(path, offset + start * row * dtype.itemsize, tensor_bytes(source[start:min(start + step, shape[0])].to(dtype)))
+    for start in range(0, shape[0], step):
+        write_at(
+            path,
+            offset + start * row * dtype.itemsize,
+            tensor_bytes(source[start : min(start + step, shape[0])].to(dtype)),
+        )

@@ -20,6 +20,7 @@ from .hf_names import ALL_EXPERTS_FUNCTIONS
 # %% ../nbs/11_shared_core.ipynb #2ec95fa4
 class ExpertFactors(NamedTuple):
     "Factors of one expert of one projection, one row per direction: `P`, `Q` `[r, f]`, `G` `[s, f]`, `V` `[s, d]`."
+
     P: torch.Tensor
     Q: torch.Tensor
     G: torch.Tensor
@@ -32,7 +33,9 @@ class ExpertFactors(NamedTuple):
 
     def outer(self, h_pf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "The two parts of `X_e^T h`: what still has to go through the core `[p, f]`, and the rest `[p, d]`."
-        return h_pf + (h_pf @ self.P.T) @ self.Q if len(self.P) else h_pf, (h_pf @ self.G.T) @ self.V
+        return h_pf + (h_pf @ self.P.T) @ self.Q if len(self.P) else h_pf, (
+            h_pf @ self.G.T
+        ) @ self.V
 
     def weight(self, core_fd: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         "Full `X_e` `[f, d]`, or its transpose, as one product: `P^T (Q C) + G^T V`. In bf16 `Q C` goes in as two numbers, its rounded value and the rest, so that the weight is rounded once."
@@ -40,23 +43,39 @@ class ExpertFactors(NamedTuple):
         if len(self.P):
             QC_rd = self.Q.to(wide) @ core_fd.to(wide)
             parts = [QC_rd.to(core_fd.dtype)]
-            if core_fd.dtype != wide: parts.append((QC_rd - parts[0]).to(core_fd.dtype))
-            left_Rf, right_Rd = torch.cat([self.P] * len(parts) + [self.G]), torch.cat([*parts, self.V])
-        return torch.addmm(core_fd.T, right_Rd.T, left_Rf) if transposed else torch.addmm(core_fd, left_Rf.T, right_Rd)
+            if core_fd.dtype != wide:
+                parts.append((QC_rd - parts[0]).to(core_fd.dtype))
+            left_Rf, right_Rd = (
+                torch.cat([self.P] * len(parts) + [self.G]),
+                torch.cat([*parts, self.V]),
+            )
+        return (
+            torch.addmm(core_fd.T, right_Rd.T, left_Rf)
+            if transposed
+            else torch.addmm(core_fd, left_Rf.T, right_Rd)
+        )
 
 # %% ../nbs/11_shared_core.ipynb #a5e674e5
-def rows_of(factor_Rn: torch.Tensor, ranks: list[int], chosen: list[int] | None) -> list[torch.Tensor]:
+def rows_of(
+    factor_Rn: torch.Tensor, ranks: list[int], chosen: list[int] | None
+) -> list[torch.Tensor]:
     "Rows of `factor_Rn` that belong to each expert, or to each `chosen` one, as views."
-    if chosen is None or torch.is_grad_enabled():  # the gradient of one split is one tensor, that of each slice a whole one
+    if (
+        chosen is None or torch.is_grad_enabled()
+    ):  # the gradient of one split is one tensor, that of each slice a whole one
         parts = factor_Rn.split(ranks)
         return list(parts) if chosen is None else [parts[e] for e in chosen]
     ends = list(accumulate(ranks))
-    return [factor_Rn[ends[e] - ranks[e]:ends[e]] for e in chosen]
+    return [factor_Rn[ends[e] - ranks[e] : ends[e]] for e in chosen]
 
 # %% ../nbs/11_shared_core.ipynb #21df64e4
 def sums_wide(core_fd: torch.Tensor) -> bool:
     "Whether a matrix product of bf16 numbers is summed in fp32 here and no slower than one in fp32: on a CPU with AVX-512."
-    return core_fd.dtype == torch.bfloat16 and core_fd.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return (
+        core_fd.dtype == torch.bfloat16
+        and core_fd.device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    )
 
 # %% ../nbs/11_shared_core.ipynb #b3b80aae
 class SharedCore(nn.Module):
@@ -68,34 +87,68 @@ class SharedCore(nn.Module):
     def __init__(self, *, core, P, Q, G, narrow_ranks, wide_ranks, V=None):
         super().__init__()
         for name, factor in dict(core=core, P=P, Q=Q, G=G, V=V).items():
-            self.register_parameter(name, None if factor is None else nn.Parameter(factor.contiguous()))
+            self.register_parameter(
+                name, None if factor is None else nn.Parameter(factor.contiguous())
+            )
         self.register_buffer("narrow_ranks", narrow_ranks)
         self.register_buffer("wide_ranks", wide_ranks)
 
-    def experts(self, wide_of: "SharedCore | None" = None, chosen: list[int] | None = None) -> list[ExpertFactors]:
+    def experts(
+        self, wide_of: "SharedCore | None" = None, chosen: list[int] | None = None
+    ) -> list[ExpertFactors]:
         "Factors of each expert, or of each `chosen` one, as views; V is that of `wide_of` where this projection has none of its own."
         V_Sd = wide_of.V if self.V is None else self.V
         narrow, wide = self.narrow_ranks.tolist(), self.wide_ranks.tolist()
-        return list(map(ExpertFactors, rows_of(self.P, narrow, chosen), rows_of(self.Q, narrow, chosen), rows_of(self.G, wide, chosen), rows_of(V_Sd, wide, chosen)))
+        return list(
+            map(
+                ExpertFactors,
+                rows_of(self.P, narrow, chosen),
+                rows_of(self.Q, narrow, chosen),
+                rows_of(self.G, wide, chosen),
+                rows_of(V_Sd, wide, chosen),
+            )
+        )
 
-    def to_narrow(self, x_Td: torch.Tensor) -> torch.Tensor: return x_Td @ self.core.T  # C x, once per token
+    def to_narrow(self, x_Td: torch.Tensor) -> torch.Tensor:
+        return x_Td @ self.core.T  # C x, once per token
 
-    def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor: return h_Tf @ self.core  # C^T h, once per token
+    def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor:
+        return h_Tf @ self.core  # C^T h, once per token
 
-    def weights(self, wide_of: "SharedCore | None" = None, chosen: list[int] | None = None, transposed: bool = False) -> torch.Tensor:
+    def weights(
+        self,
+        wide_of: "SharedCore | None" = None,
+        chosen: list[int] | None = None,
+        transposed: bool = False,
+    ) -> torch.Tensor:
         "Full X of all experts or of each `chosen` one, `[E, f, d]`, or their transposes; summed in at least fp32, in the data type of the core."
-        dtype = self.core.dtype if sums_wide(self.core) else torch.promote_types(self.core.dtype, torch.float32)
-        experts, core_fd = (ExpertFactors(*(factor.to(dtype) for factor in expert)) for expert in self.experts(wide_of, chosen)), self.core.to(dtype)
-        return torch.stack([expert.weight(core_fd, transposed).to(self.core.dtype) for expert in experts])
+        dtype = (
+            self.core.dtype
+            if sums_wide(self.core)
+            else torch.promote_types(self.core.dtype, torch.float32)
+        )
+        experts, core_fd = (
+            (
+                ExpertFactors(*(factor.to(dtype) for factor in expert))
+                for expert in self.experts(wide_of, chosen)
+            ),
+            self.core.to(dtype),
+        )
+        return torch.stack(
+            [expert.weight(core_fd, transposed).to(self.core.dtype) for expert in experts]
+        )
 
 # %% ../nbs/11_shared_core.ipynb #03a14025
 class ExpertWeight(NamedTuple):
     "Uncompressed weight of one expert of one projection, `[f, d]`, with the interface of `ExpertFactors`."
+
     weight_fd: torch.Tensor
 
-    def inner(self, z_pf: torch.Tensor, x_pd: torch.Tensor) -> torch.Tensor: return x_pd @ self.weight_fd.T
+    def inner(self, z_pf: torch.Tensor, x_pd: torch.Tensor) -> torch.Tensor:
+        return x_pd @ self.weight_fd.T
 
-    def outer(self, h_pf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: return h_pf, h_pf @ self.weight_fd
+    def outer(self, h_pf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return h_pf, h_pf @ self.weight_fd
 
 # %% ../nbs/11_shared_core.ipynb #873a0808
 class Uncompressed(nn.Module):
@@ -107,11 +160,15 @@ class Uncompressed(nn.Module):
 
     def experts(self, wide_of=None, chosen=None) -> list[ExpertWeight]:
         weights = self.weight.unbind()
-        return [ExpertWeight(weights[e]) for e in (range(len(weights)) if chosen is None else chosen)]
+        return [
+            ExpertWeight(weights[e]) for e in (range(len(weights)) if chosen is None else chosen)
+        ]
 
-    def to_narrow(self, x_Td: torch.Tensor) -> torch.Tensor: return x_Td.new_zeros(len(x_Td), self.weight.shape[1])
+    def to_narrow(self, x_Td: torch.Tensor) -> torch.Tensor:
+        return x_Td.new_zeros(len(x_Td), self.weight.shape[1])
 
-    def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor: return h_Tf.new_zeros(len(h_Tf), self.weight.shape[2])
+    def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor:
+        return h_Tf.new_zeros(len(h_Tf), self.weight.shape[2])
 
     def weights(self, wide_of=None, chosen=None, transposed=False) -> torch.Tensor:
         weight_Efd = self.weight if chosen is None else self.weight[chosen]
@@ -120,6 +177,7 @@ class Uncompressed(nn.Module):
 # %% ../nbs/11_shared_core.ipynb #16ab5967
 class Wrappers(NamedTuple):
     "The literal form `(I + U_out V_out^T) core (I + U_in V_in^T)` of one expert; U, V `[side, rank]`, core `[out, in]`; `error`: relative error of solving for the folded factor."
+
     core: torch.Tensor
     U_in: torch.Tensor
     V_in: torch.Tensor
@@ -133,43 +191,53 @@ class Wrappers(NamedTuple):
         return left + (left @ self.U_in) @ self.V_in.T
 
 # %% ../nbs/11_shared_core.ipynb #943d2fa4
-def wrappers(core_fd: torch.Tensor,  # The shared core
-             factors: ExpertFactors,  # Stored factors of one expert
-             transposed: bool = False  # True for down, whose weight is X transposed
-            ) -> Wrappers:
+def wrappers(
+    core_fd: torch.Tensor,  # The shared core
+    factors: ExpertFactors,  # Stored factors of one expert
+    transposed: bool = False,  # True for down, whose weight is X transposed
+) -> Wrappers:
     "The literal form of one expert, solved for in float64."
     core, P, Q, G, V = (factor.detach().double() for factor in (core_fd, *factors))
     left_fd = core + P.T @ (Q @ core)
     U_ds = torch.linalg.pinv(left_fd) @ G.T
     error = ((left_fd @ U_ds - G.T).norm() / G.norm().clamp_min(torch.finfo(G.dtype).tiny)).item()
-    if transposed: return Wrappers(core.T, Q.T, P.T, V.T, U_ds, error)
+    if transposed:
+        return Wrappers(core.T, Q.T, P.T, V.T, U_ds, error)
     return Wrappers(core, U_ds, V.T, P.T, Q.T, error)
 
 # %% ../nbs/11_shared_core.ipynb #0a0de011
-def sorted_pairs(top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
-                 num_experts: int
-                ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def sorted_pairs(
+    top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
+    num_experts: int,
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     "Token and slot `[P]` of every (token, expert) pair, sorted by expert, and the number of pairs of each expert."
     expert_TK = top_k_index.flatten()
     counts = torch.bincount(expert_TK, minlength=num_experts)[:num_experts].tolist()
-    pair_P = torch.argsort(expert_TK, stable=True)[:sum(counts)]
+    pair_P = torch.argsort(expert_TK, stable=True)[: sum(counts)]
     return pair_P // top_k_index.shape[1], pair_P % top_k_index.shape[1], counts
 
 # %% ../nbs/11_shared_core.ipynb #0a4e497f
-def pairs_by_expert(top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
-                    num_experts: int):
+def pairs_by_expert(
+    top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
+    num_experts: int,
+):
     "Yield `(expert, token_p, slot_p)` for each expert that has tokens."
     token_P, slot_P, counts = sorted_pairs(top_k_index, num_experts)
     for expert, (token_p, slot_p) in enumerate(zip(token_P.split(counts), slot_P.split(counts))):
-        if len(token_p): yield expert, token_p, slot_p
+        if len(token_p):
+            yield expert, token_p, slot_p
 
 # %% ../nbs/11_shared_core.ipynb #7c0ce6d4
-def emptied(experts: nn.Module,
-            children: dict[str, nn.Module]  # In place of its own
-           ) -> nn.Module:
+def emptied(
+    experts: nn.Module,
+    children: dict[str, nn.Module],  # In place of its own
+) -> nn.Module:
     "A shallow copy of `experts` whose own parameters are on the meta device; `experts` itself is not touched."
     shell = copy.copy(experts)
-    shell._parameters = {name: nn.Parameter(torch.empty_like(p, device="meta")) for name, p in experts._parameters.items()}
+    shell._parameters = {
+        name: nn.Parameter(torch.empty_like(p, device="meta"))
+        for name, p in experts._parameters.items()
+    }
     shell._modules = children
     return shell
 
@@ -180,58 +248,138 @@ class SharedCoreExperts(nn.Module):
     `gate`, `up`, `down`: `SharedCore` or `Uncompressed`, no `gate` where `original` has none; `up` may lack V and use that of `gate`.
     Biases and submodules of `original` are kept as they are. Differentiable in all of it."""
 
-    def __init__(self, original: nn.Module, *, gate: nn.Module | None = None, up: nn.Module, down: nn.Module):
+    def __init__(
+        self, original: nn.Module, *, gate: nn.Module | None = None, up: nn.Module, down: nn.Module
+    ):
         super().__init__()
         self.num_experts, self.layout = len(original.down_proj), layout_of(original)
         self.gate, self.up, self.down = gate, up, down
         children = {name: copy.deepcopy(child) for name, child in original.named_children()}
-        for name, child in children.items(): self.add_module(name, child)
-        object.__setattr__(self, "template", emptied(original, children))  # not a submodule: it has no parameters of ours
-        for name in self.layout.weights: self.register_buffer(name, torch.tensor(getattr(original, name).shape))
-        for name in self.layout.biases: self.register_parameter(name, nn.Parameter(getattr(original, name).detach().clone()))
+        for name, child in children.items():
+            self.add_module(name, child)
+        object.__setattr__(
+            self, "template", emptied(original, children)
+        )  # not a submodule: it has no parameters of ours
+        for name in self.layout.weights:
+            self.register_buffer(name, torch.tensor(getattr(original, name).shape))
+        for name in self.layout.biases:
+            self.register_parameter(name, nn.Parameter(getattr(original, name).detach().clone()))
 
     def projections(self) -> dict[str, nn.Module]:
         "Name of the projection -> its factors."
-        return {name: module for name, module in zip(PROJECTIONS, (self.gate, self.up, self.down)) if module is not None}
+        return {
+            name: module
+            for name, module in zip(PROJECTIONS, (self.gate, self.up, self.down))
+            if module is not None
+        }
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         "As `plain_forward`, by the function that the config of the model names, as for the experts of transformers; by `shared_core` where it names none of ours."
-        name = getattr(getattr(self.template, "config", None), "_experts_implementation", None) or ""
-        return ALL_EXPERTS_FUNCTIONS[name if name.startswith("shared_core") else "shared_core"](self, *args, **kwargs)
+        name = (
+            getattr(getattr(self.template, "config", None), "_experts_implementation", None) or ""
+        )
+        return ALL_EXPERTS_FUNCTIONS[name if name.startswith("shared_core") else "shared_core"](
+            self, *args, **kwargs
+        )
 
-    def plain_forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor | None = None, top_k_weights: torch.Tensor | None = None) -> torch.Tensor:
+    def plain_forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         "Weighted sum of the chosen experts: `[T, d]`, `[T, K]`, `[T, K]` -> `[T, d]`, in the data type of `hidden_states`."
-        if next(self.parameters()).is_meta and not hidden_states.is_meta: raise ValueError("the experts have no weights here: a model that is partly offloaded is loaded by load_compressed_model")
-        hidden_states, top_k_index, top_k_weights = routing(self.template, hidden_states, top_k_index, top_k_weights)
+        if next(self.parameters()).is_meta and not hidden_states.is_meta:
+            raise ValueError(
+                "the experts have no weights here: a model that is partly offloaded is loaded by load_compressed_model"
+            )
+        hidden_states, top_k_index, top_k_weights = routing(
+            self.template, hidden_states, top_k_index, top_k_weights
+        )
         token_P, slot_P, counts = sorted_pairs(top_k_index, self.num_experts)
         active = [e for e, count in enumerate(counts) if count] or [0]
-        def by_expert(value_Pn): return value_Pn.split([counts[e] for e in active])
-        def inner(core): return torch.cat([expert.inner(z_pf, x_pd) for expert, z_pf, x_pd in zip(core.experts(self.gate, active), by_expert(core.to_narrow(hidden_states)[token_P]), by_expert(x_Pd))])
-        x_Pd, bias, down_bias = hidden_states[token_P], *self.pair_biases(top_k_index, token_P, slot_P)
-        a_Pf = gated(self.template, [inner(core) for core in (self.gate, self.up) if core is not None], bias)
-        h_Pf, y_Pd = map(torch.cat, zip(*(down.outer(h_pf) for down, h_pf in zip(self.down.experts(chosen=active), by_expert(a_Pf)))))
-        if down_bias is not None: y_Pd = y_Pd + down_bias
-        if self.layout.has_post_expert_norm: h_Pf, y_Pd = torch.zeros_like(h_Pf), self.post_expert_norm(self.down.to_wide(h_Pf) + y_Pd)
-        wide_dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # sums over experts are not rounded to bf16 one by one
+
+        def by_expert(value_Pn):
+            return value_Pn.split([counts[e] for e in active])
+
+        def inner(core):
+            return torch.cat(
+                [
+                    expert.inner(z_pf, x_pd)
+                    for expert, z_pf, x_pd in zip(
+                        core.experts(self.gate, active),
+                        by_expert(core.to_narrow(hidden_states)[token_P]),
+                        by_expert(x_Pd),
+                    )
+                ]
+            )
+
+        x_Pd, bias, down_bias = (
+            hidden_states[token_P],
+            *self.pair_biases(top_k_index, token_P, slot_P),
+        )
+        a_Pf = gated(
+            self.template, [inner(core) for core in (self.gate, self.up) if core is not None], bias
+        )
+        h_Pf, y_Pd = map(
+            torch.cat,
+            zip(
+                *(
+                    down.outer(h_pf)
+                    for down, h_pf in zip(self.down.experts(chosen=active), by_expert(a_Pf))
+                )
+            ),
+        )
+        if down_bias is not None:
+            y_Pd = y_Pd + down_bias
+        if self.layout.has_post_expert_norm:
+            h_Pf, y_Pd = (
+                torch.zeros_like(h_Pf),
+                self.post_expert_norm(self.down.to_wide(h_Pf) + y_Pd),
+            )
+        wide_dtype = torch.promote_types(
+            hidden_states.dtype, torch.float32
+        )  # sums over experts are not rounded to bf16 one by one
         weight_P1 = top_k_weights[token_P, slot_P, None].to(wide_dtype)
-        h_Tf, y_Td = (hidden_states.new_zeros(len(hidden_states), value_Pn.shape[1], dtype=wide_dtype).index_add(0, token_P, weight_P1 * value_Pn) for value_Pn in (h_Pf, y_Pd))
-        if self.layout.has_identity: y_Td = y_Td + (top_k_weights * (top_k_index >= self.num_experts)).sum(1, keepdim=True) * hidden_states
+        h_Tf, y_Td = (
+            hidden_states.new_zeros(
+                len(hidden_states), value_Pn.shape[1], dtype=wide_dtype
+            ).index_add(0, token_P, weight_P1 * value_Pn)
+            for value_Pn in (h_Pf, y_Pd)
+        )
+        if self.layout.has_identity:
+            y_Td = (
+                y_Td
+                + (top_k_weights * (top_k_index >= self.num_experts)).sum(1, keepdim=True)
+                * hidden_states
+            )
         return (self.down.to_wide(h_Tf.to(hidden_states.dtype)) + y_Td).to(hidden_states.dtype)
 
-    def pair_biases(self, top_k_index: torch.Tensor, token_P: torch.Tensor, slot_P: torch.Tensor) -> list[torch.Tensor | None]:
+    def pair_biases(
+        self, top_k_index: torch.Tensor, token_P: torch.Tensor, slot_P: torch.Tensor
+    ) -> list[torch.Tensor | None]:
         "Of both layers, for every pair, if the experts have any."
-        return [getattr(self, name)[top_k_index[token_P, slot_P]] for name in self.layout.biases] or [None, None]
+        return [
+            getattr(self, name)[top_k_index[token_P, slot_P]] for name in self.layout.biases
+        ] or [None, None]
 
     @torch.no_grad()
     def materialize(self, chosen: list[int] | None = None) -> dict[str, torch.Tensor]:
         "Full weights of all experts or of each `chosen` one in canonical form, `{'gate_proj': [E, f, d], 'up_proj': [E, f, d], 'down_proj': [E, d, f]}`, as `read_experts` gives them."
-        return {name: module.weights(self.gate, chosen, transposed=module is self.down) for name, module in self.projections().items()}
+        return {
+            name: module.weights(self.gate, chosen, transposed=module is self.down)
+            for name, module in self.projections().items()
+        }
 
     def wrappers(self, projection: str) -> list[Wrappers]:
         "The literal core, U_in, V_in, U_out, V_out of each expert of `projection` (one of `PROJECTIONS`), which must be compressed."
         module = self.projections().get(projection)
-        if not isinstance(module, SharedCore): raise ValueError(f"{projection} is not compressed: it has no wrappers")
-        return [wrappers(module.core, expert, transposed=module is self.down) for expert in module.experts(self.gate)]
+        if not isinstance(module, SharedCore):
+            raise ValueError(f"{projection} is not compressed: it has no wrappers")
+        return [
+            wrappers(module.core, expert, transposed=module is self.down)
+            for expert in module.experts(self.gate)
+        ]
 
 # %% ../nbs/11_shared_core.ipynb #7a5b0c02
 ALL_EXPERTS_FUNCTIONS.register("shared_core", SharedCoreExperts.plain_forward)
@@ -242,12 +390,24 @@ def materialized(experts: SharedCoreExperts, chosen: list[int] | None = None) ->
     "A module of the original class holding the materialised weights of all experts or of each `chosen` one, in the data type and on the device of the factors."
     weights, original = experts.materialize(chosen), copy.copy(experts.template)
     like, rows = weights["down_proj"], slice(None) if chosen is None else chosen
-    original._parameters = {name: nn.Parameter(torch.zeros_like(p if chosen is None else p[:len(chosen)], dtype=like.dtype, device=like.device)) for name, p in experts.template.named_parameters(recurse=False)}
+    original._parameters = {
+        name: nn.Parameter(
+            torch.zeros_like(
+                p if chosen is None else p[: len(chosen)], dtype=like.dtype, device=like.device
+            )
+        )
+        for name, p in experts.template.named_parameters(recurse=False)
+    }
     write_experts(original, weights)
-    for name in experts.layout.biases: getattr(original, name).copy_(getattr(experts, name)[rows])
+    for name in experts.layout.biases:
+        getattr(original, name).copy_(getattr(experts, name)[rows])
     return original
 
 # %% ../nbs/11_shared_core.ipynb #23737cdc
 def compressed_experts(model: nn.Module) -> dict[str, SharedCoreExperts]:
     "Name -> module of every compressed experts module of `model`."
-    return {name: module for name, module in model.named_modules() if isinstance(module, SharedCoreExperts)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SharedCoreExperts)
+    }

@@ -29,7 +29,9 @@ def active_parameters(
     "Parameters of one experts module that a token touches on average: all shared ones, and `K / E` of those per expert."
     total = sum(p.numel() for p in experts.parameters())
     shared = sum(part.core.numel() for part in experts.children() if isinstance(part, SharedCore))
-    count = experts.num_experts if isinstance(experts, SharedCoreExperts) else len(experts.down_proj)
+    count = (
+        experts.num_experts if isinstance(experts, SharedCoreExperts) else len(experts.down_proj)
+    )
     return shared + round((total - shared) * top_k / count)
 
 # %% ../nbs/26_statistics.ipynb #7d6f2598

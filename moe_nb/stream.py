@@ -102,6 +102,7 @@ from moe_nb.statistics import (
 # %% ../nbs/35_stream.ipynb #e6f73390
 class Stream(NamedTuple):
     "A checkpoint to compress: its folder, lazy tensors, the model without weights, and what was noted of it."
+
     folder: Path
     tensors: dict[str, LazyTensor]
     model: nn.Module
@@ -119,42 +120,99 @@ def open_stream(source: str | Path, config: CompressionConfig, calibrated: bool 
     model.config._name_or_path = str(source)
     experts = selected_experts(model, config)
     check_work(experts, config, calibrated)
-    outside = stored_parameters(model) - sum(stored_parameters(module) for module in experts.values())
-    return Stream(folder, tensors, model, runtime_names(model, tensors), experts, [name for name, _ in model.named_parameters()], outside)
+    outside = stored_parameters(model) - sum(
+        stored_parameters(module) for module in experts.values()
+    )
+    return Stream(
+        folder,
+        tensors,
+        model,
+        runtime_names(model, tensors),
+        experts,
+        [name for name, _ in model.named_parameters()],
+        outside,
+    )
 
 # %% ../nbs/35_stream.ipynb #c66efa62
 def load_part(stream: Stream, name: str, device: str | torch.device) -> None:
     "Read the weights of one submodule."
-    load_tensors(stream.model, {key: stream.tensors[key] for key in parts_of(stream.names, [name])[name]}, str(device))
+    load_tensors(
+        stream.model,
+        {key: stream.tensors[key] for key in parts_of(stream.names, [name])[name]},
+        str(device),
+    )
 
 # %% ../nbs/35_stream.ipynb #44262f80
-def write_layer(stream: Stream, name: str, compressed: SharedCoreExperts, folder: Path, weights_format: str, max_shard_size: str) -> dict[str, str]:
+def write_layer(
+    stream: Stream,
+    name: str,
+    compressed: SharedCoreExperts,
+    folder: Path,
+    weights_format: str,
+    max_shard_size: str,
+) -> dict[str, str]:
     "Write the factors of one compressed layer below `folder`; returns tensor name -> file, by the names and files of `save_compressed_model`."
-    experts, folders, weight_map = stream.model.get_submodule(name), layer_folders(list(stream.experts)), {}
+    experts, folders, weight_map = (
+        stream.model.get_submodule(name),
+        layer_folders(list(stream.experts)),
+        {},
+    )
     stream.model.set_submodule(name, compressed)
     set_conversions_aside(stream.model)
     state = {f"{name}.{key}": value for key, value in compressed.state_dict().items()}
-    for file, tensors in split_state(stream.model, state, folders).items(): weight_map |= write_shards(folder, file, tensors, SUFFIXES[weights_format], max_shard_size)
+    for file, tensors in split_state(stream.model, state, folders).items():
+        weight_map |= write_shards(folder, file, tensors, SUFFIXES[weights_format], max_shard_size)
     stream.model.set_submodule(name, experts)
     return weight_map
 
 # %% ../nbs/35_stream.ipynb #c7b9f109
-def compress_layer(stream: Stream, name: str, config: CompressionConfig, folder: Path, weights_format: str, max_shard_size: str, device: torch.device, prepared: "Prepared | None" = None) -> dict:
+def compress_layer(
+    stream: Stream,
+    name: str,
+    config: CompressionConfig,
+    folder: Path,
+    weights_format: str,
+    max_shard_size: str,
+    device: torch.device,
+    prepared: "Prepared | None" = None,
+) -> dict:
     "Read, fit and write one layer; returns its record. With `prepared` the fit is there already, and is refined."
     times, experts = [time.time()], stream.experts[name]
     load_part(stream, name, device)
     check_sources({name: experts})
-    samples = {f"{name}.{key}": sample(f"{name}.{key}", value) for key, value in experts.named_parameters()}
+    samples = {
+        f"{name}.{key}": sample(f"{name}.{key}", value) for key, value in experts.named_parameters()
+    }
     times.append(time.time())
-    cores, record, unseen = (fit_layer(experts, config), None, []) if prepared is None else prepared.layer(name, experts, config)
+    cores, record, unseen = (
+        (fit_layer(experts, config), None, [])
+        if prepared is None
+        else prepared.layer(name, experts, config)
+    )
     compressed, errors = compressed_layer(experts, cores, record, config)
-    statistics = layer_statistics(name, experts, compressed, top_k=experts_per_token(stream.model), errors=errors, unseen=unseen)
+    statistics = layer_statistics(
+        name,
+        experts,
+        compressed,
+        top_k=experts_per_token(stream.model),
+        errors=errors,
+        unseen=unseen,
+    )
     release(experts)
-    if config.dtype: compressed.to(getattr(torch, config.dtype))
+    if config.dtype:
+        compressed.to(getattr(torch, config.dtype))
     times.append(time.time())
     weight_map = write_layer(stream, name, compressed, folder, weights_format, max_shard_size)
     times.append(time.time())
-    return dict(layer=statistics, samples=samples, shapes=factor_shapes(compressed), weight_map=weight_map, seconds=dict(zip(("reading", "fitting", "writing"), (b - a for a, b in zip(times, times[1:])))))
+    return dict(
+        layer=statistics,
+        samples=samples,
+        shapes=factor_shapes(compressed),
+        weight_map=weight_map,
+        seconds=dict(
+            zip(("reading", "fitting", "writing"), (b - a for a, b in zip(times, times[1:])))
+        ),
+    )
 
 # %% ../nbs/35_stream.ipynb #d83bb0bf
 def left_alone(stream: Stream) -> list[str]:
@@ -164,25 +222,64 @@ def left_alone(stream: Stream) -> list[str]:
 # %% ../nbs/35_stream.ipynb #dc75bd37
 def rest_shapes(stream: Stream, dtype: str | None) -> dict[str, torch.Tensor]:
     "Name -> meta tensor of all that is not compressed, in the order of `save_compressed_model`."
-    alone, ours = left_alone(stream), tuple(f"{name}." for name in (*stream.experts, *left_alone(stream)))
-    sources = {name: stream.tensors[name] for name, new in stream.names.items() if not new.startswith(ours)}
-    sources |= {f"{name}.{key}": value for name in alone for key, value in stream.model.get_submodule(name).named_parameters()}
-    def kept(value): return getattr(torch, dtype) if dtype and value.dtype.is_floating_point else value.dtype
-    return {name: torch.empty(sources[name].shape, dtype=kept(sources[name]), device="meta") for name in sorted(sources, key=dot_natural_key)}
+    alone, ours = (
+        left_alone(stream),
+        tuple(f"{name}." for name in (*stream.experts, *left_alone(stream))),
+    )
+    sources = {
+        name: stream.tensors[name] for name, new in stream.names.items() if not new.startswith(ours)
+    }
+    sources |= {
+        f"{name}.{key}": value
+        for name in alone
+        for key, value in stream.model.get_submodule(name).named_parameters()
+    }
+
+    def kept(value):
+        return getattr(torch, dtype) if dtype and value.dtype.is_floating_point else value.dtype
+
+    return {
+        name: torch.empty(sources[name].shape, dtype=kept(sources[name]), device="meta")
+        for name in sorted(sources, key=dot_natural_key)
+    }
 
 # %% ../nbs/35_stream.ipynb #103fb54d
-def copy_rest(stream: Stream, config: CompressionConfig, folder: Path, weights_format: str, max_shard_size: str) -> dict[str, str]:
+def copy_rest(
+    stream: Stream,
+    config: CompressionConfig,
+    folder: Path,
+    weights_format: str,
+    max_shard_size: str,
+) -> dict[str, str]:
     "Copy all tensors outside the compressed experts; returns tensor name -> file."
     shapes, places = rest_shapes(stream, config.dtype), {}
-    shards = split_torch_state_dict_into_shards(shapes, filename_pattern="non_moe_weights{suffix}.safetensors", max_shard_size=max_shard_size)
-    for file, names in shards.filename_to_tensors.items(): places |= {name: (folder / file, offset) for name, offset in create_file(folder / file, {name: shapes[name] for name in names}).items()}
+    shards = split_torch_state_dict_into_shards(
+        shapes,
+        filename_pattern="non_moe_weights{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in shards.filename_to_tensors.items():
+        places |= {
+            name: (folder / file, offset)
+            for name, offset in create_file(
+                folder / file, {name: shapes[name] for name in names}
+            ).items()
+        }
     for name in tqdm(shapes, desc="copying", unit="tensor", leave=False):
-        if name in stream.tensors: copy_tensor(stream.tensors[name], *places[name], shapes[name].dtype)
+        if name in stream.tensors:
+            copy_tensor(stream.tensors[name], *places[name], shapes[name].dtype)
     for module in left_alone(stream):
         load_part(stream, module, "cpu")
-        for key, value in stream.model.get_submodule(module).named_parameters(): write_at(*places[f"{module}.{key}"], tensor_bytes(value.to(shapes[f"{module}.{key}"].dtype)))
+        for key, value in stream.model.get_submodule(module).named_parameters():
+            write_at(
+                *places[f"{module}.{key}"], tensor_bytes(value.to(shapes[f"{module}.{key}"].dtype))
+            )
         release(stream.model.get_submodule(module))
-    return as_pickles(folder, shards.tensor_to_filename) if weights_format == "pt" else shards.tensor_to_filename
+    return (
+        as_pickles(folder, shards.tensor_to_filename)
+        if weights_format == "pt"
+        else shards.tensor_to_filename
+    )
 
 # %% ../nbs/35_stream.ipynb #e48177ba
 def as_pickles(folder: Path, weight_map: dict[str, str]) -> dict[str, str]:
@@ -195,26 +292,42 @@ def as_pickles(folder: Path, weight_map: dict[str, str]) -> dict[str, str]:
 # %% ../nbs/35_stream.ipynb #815bd757
 def sample_rest(stream: Stream) -> dict[str, str]:
     "Samples of all parameters outside the compressed experts, for the fingerprint."
-    samples, parts = {}, {part: names for part, names in parts_of(stream.names, stream.experts).items() if part not in stream.experts}
+    samples, parts = (
+        {},
+        {
+            part: names
+            for part, names in parts_of(stream.names, stream.experts).items()
+            if part not in stream.experts
+        },
+    )
     for names in tqdm(parts.values(), desc="sampling", unit="part", leave=False):
         load_tensors(stream.model, {name: stream.tensors[name] for name in names})
-        samples |= {name: sample(name, value) for name, value in stream.model.named_parameters() if value.device.type != "meta"}
+        samples |= {
+            name: sample(name, value)
+            for name, value in stream.model.named_parameters()
+            if value.device.type != "meta"
+        }
         release(stream.model)
     return samples
 
 # %% ../nbs/35_stream.ipynb #21eb598b
 @contextmanager
-def layer_loaded(stream: Stream, name: str, config: CompressionConfig, folder: Path, device: torch.device) -> Iterator[None]:
+def layer_loaded(
+    stream: Stream, name: str, config: CompressionConfig, folder: Path, device: torch.device
+) -> Iterator[None]:
     "A decoder layer with its weights, the experts aligned; aligned ones are kept in `folder`, since every pass needs the same."
     layer = stream.model.get_submodule(name)
     load_part(stream, name, device)
     for key, experts in stream.experts.items():
-        if not key.startswith(f"{name}."): continue
+        if not key.startswith(f"{name}."):
+            continue
         check_sources({key: experts})
         load_aligned(experts, config, folder / f"aligned-{key}.safetensors")
     layer.requires_grad_(False)
-    try: yield
-    finally: release(layer)
+    try:
+        yield
+    finally:
+        release(layer)
 
 # %% ../nbs/35_stream.ipynb #6dc37fa0
 def load_aligned(experts: nn.Module, config: CompressionConfig, path: Path) -> None:
@@ -222,10 +335,14 @@ def load_aligned(experts: nn.Module, config: CompressionConfig, path: Path) -> N
     if not path.is_file():
         align_layer(experts, config)
         replace_tensors(path, dict(experts.named_parameters(recurse=False)))
-    for key, value in load_file(path).items(): getattr(experts, key).data.copy_(value)
+    for key, value in load_file(path).items():
+        getattr(experts, key).data.copy_(value)
 
 # %% ../nbs/35_stream.ipynb #a47d2d36
-FIXED, STATE = ("X_Emd", "A_Emm", "B_Edd"), ("core_md", "left_Ekm", "right_Ekd", "squares_Ek")  # Tensors of a group that the fit only reads, and those that it changes
+FIXED, STATE = (
+    ("X_Emd", "A_Emm", "B_Edd"),
+    ("core_md", "left_Ekm", "right_Ekd", "squares_Ek"),
+)  # Tensors of a group that the fit only reads, and those that it changes
 
 # %% ../nbs/35_stream.ipynb #7413a293
 @contextmanager
@@ -234,49 +351,79 @@ def on_disk(folder: Path, group: Group, round: int, device: str | torch.device) 
     before = folder / f"state-{round - 1}.safetensors"
     for file in (folder / "fixed.safetensors", before):
         if file.is_file():
-            for key, value in read_tensors(file, device).items(): setattr(group, key, value)
+            for key, value in read_tensors(file, device).items():
+                setattr(group, key, value)
     yield
-    replace_tensors(folder / f"state-{round}.safetensors", {key: getattr(group, key) for key in STATE})
+    replace_tensors(
+        folder / f"state-{round}.safetensors", {key: getattr(group, key) for key in STATE}
+    )
     before.unlink(missing_ok=True)
-    for key in (*FIXED, *STATE): setattr(group, key, None if getattr(group, key) is None else getattr(group, key).to("meta"))
+    for key in (*FIXED, *STATE):
+        setattr(group, key, None if getattr(group, key) is None else getattr(group, key).to("meta"))
 
 # %% ../nbs/35_stream.ipynb #80a87cf3
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     "The fit of all layers on disk: what `compress_layer` finishes."
+
     folder: Path
     indices: dict[str, int]  # Experts module -> number of its decoder layer
     found: dict[str, dict]  # Of `layerwise_moments`, by experts module
     ranks: dict[str, list[int]]  # Of each group, by the name of its folder
 
-    def aligned(self, name: str) -> Path: return self.folder / f"aligned-{name}.safetensors"
+    def aligned(self, name: str) -> Path:
+        return self.folder / f"aligned-{name}.safetensors"
 
-    def group_folder(self, name: str, projections: list[str]) -> Path: return self.folder / f"group-{self.indices[name]}-{projections[0]}"
+    def group_folder(self, name: str, projections: list[str]) -> Path:
+        return self.folder / f"group-{self.indices[name]}-{projections[0]}"
 
-    def layer(self, name: str, experts: nn.Module, config: CompressionConfig) -> tuple[dict[str, SharedCore], LayerRecord | None, list[int]]:
+    def layer(
+        self, name: str, experts: nn.Module, config: CompressionConfig
+    ) -> tuple[dict[str, SharedCore], LayerRecord | None, list[int]]:
         "Cores, record for the refinement and unseen experts of one layer; its `experts` become the aligned ones."
         load_aligned(experts, config, self.aligned(name))
         cores, weights = {}, read_experts(experts)
         for projections in projection_groups(config, weights):
             group = make_group(weights.stacked(projections))
             for file in ("fixed", f"state-{config.rounds - 1}"):
-                for key, value in read_tensors(self.group_folder(name, projections) / f"{file}.safetensors", group.X_Emd.device).items(): setattr(group, key, value)
-            group.ranks_E = torch.tensor(self.ranks[self.group_folder(name, projections).name], device=group.X_Emd.device)
+                for key, value in read_tensors(
+                    self.group_folder(name, projections) / f"{file}.safetensors", group.X_Emd.device
+                ).items():
+                    setattr(group, key, value)
+            group.ranks_E = torch.tensor(
+                self.ranks[self.group_folder(name, projections).name], device=group.X_Emd.device
+            )
             cores |= zip(projections, pack_group(group))
-        return cores, read_record(self.folder, self.indices[name], experts.down_proj.device) if config.refine_steps else None, self.found[name]["unseen"]
+        return (
+            cores,
+            read_record(self.folder, self.indices[name], experts.down_proj.device)
+            if config.refine_steps
+            else None,
+            self.found[name]["unseen"],
+        )
 
 # %% ../nbs/35_stream.ipynb #2901e23b
 def read_prepared(work: Path, rounds: int = 0) -> Prepared:
     "What `prepare` left and, after all `rounds`, the ranks that `fit_stored` chose."
     ranks = finished_piece(work, f"round-{rounds - 1}")["ranks"] if rounds else {}
-    return Prepared(folder=work / "calibration", ranks=ranks, **{name: finished_piece(work, "calibration")[name] for name in ("indices", "found")})
+    return Prepared(
+        folder=work / "calibration",
+        ranks=ranks,
+        **{name: finished_piece(work, "calibration")[name] for name in ("indices", "found")},
+    )
 
 # %% ../nbs/35_stream.ipynb #aa309c0c
-def store_groups(stream: Stream, name: str, config: CompressionConfig, prepared: Prepared, device: torch.device) -> None:
+def store_groups(
+    stream: Stream, name: str, config: CompressionConfig, prepared: Prepared, device: torch.device
+) -> None:
     "Write the weights and metrics of the groups of one layer, unless they are there; its moments are not needed after that."
     experts = stream.experts[name]
-    files = {tuple(projections): prepared.group_folder(name, projections) / "fixed.safetensors" for projections in projection_groups(config, read_experts(experts))}
-    if all(file.is_file() for file in files.values()): return
+    files = {
+        tuple(projections): prepared.group_folder(name, projections) / "fixed.safetensors"
+        for projections in projection_groups(config, read_experts(experts))
+    }
+    if all(file.is_file() for file in files.values()):
+        return
     load_part(stream, name, device)
     load_aligned(experts, config, prepared.aligned(name))
     moments = read_moments(prepared.folder, prepared.indices[name], prepared.found[name], device)
@@ -291,108 +438,257 @@ def fit_stored(stream: Stream, config: CompressionConfig, work: Path) -> None:
     "`fit_budget` over all layers, each process its own; the ranks of each round are a piece of the journal."
     state, prepared, groups = processes(), read_prepared(work), {}
     mine = share(stream.experts, state)
-    for name in mine if not finished_piece(work, "round-0") else (): store_groups(stream, name, config, prepared, state.device)
+    for name in mine if not finished_piece(work, "round-0") else ():
+        store_groups(stream, name, config, prepared, state.device)
     for name, experts in stream.experts.items():
         weights = read_experts(experts)
         for projections in projection_groups(config, weights):
-            groups[prepared.group_folder(name, projections)] = name, replace(make_group(weights.stacked(projections)), weight=prepared.found[name]["sensitivity"])
+            groups[prepared.group_folder(name, projections)] = (
+                name,
+                replace(
+                    make_group(weights.stacked(projections)),
+                    weight=prepared.found[name]["sensitivity"],
+                ),
+            )
     original = sum(group.X_Emd.numel() for _, group in groups.values())
     rounds = range(config.rounds)
-    for round in tqdm(rounds, desc="fitting", unit="round", leave=False) if state.is_main_process else rounds:
+    for round in (
+        tqdm(rounds, desc="fitting", unit="round", leave=False) if state.is_main_process else rounds
+    ):
         done = finished_piece(work, f"round-{round}")
         if done:
-            for folder, (_, group) in groups.items(): group.ranks_E = torch.tensor(done["ranks"][folder.name], device=state.device)
+            for folder, (_, group) in groups.items():
+                group.ranks_E = torch.tensor(done["ranks"][folder.name], device=state.device)
             continue
         for folder, (name, group) in groups.items():
             if name in mine and not (folder / f"state-{round}.safetensors").is_file():
-                with on_disk(folder, group, round, state.device): fit_round(group, config.ratio * group.X_Emd.numel(), first=round == 0)
+                with on_disk(folder, group, round, state.device):
+                    fit_round(group, config.ratio * group.X_Emd.numel(), first=round == 0)
         state.wait_for_everyone()
         for folder, (_, group) in groups.items():
-            with safe_open(folder / f"state-{round}.safetensors", framework="pt") as file: group.squares_Ek = file.get_tensor("squares_Ek").to(state.device)
-        allocate([group for _, group in groups.values()], config.ratio * original, config.rank_multiple)
-        if state.is_main_process: finish_piece(work, f"round-{round}", [], dict(ranks={folder.name: group.ranks_E.tolist() for folder, (_, group) in groups.items()}))
+            with safe_open(folder / f"state-{round}.safetensors", framework="pt") as file:
+                group.squares_Ek = file.get_tensor("squares_Ek").to(state.device)
+        allocate(
+            [group for _, group in groups.values()], config.ratio * original, config.rank_multiple
+        )
+        if state.is_main_process:
+            finish_piece(
+                work,
+                f"round-{round}",
+                [],
+                dict(
+                    ranks={
+                        folder.name: group.ranks_E.tolist() for folder, (_, group) in groups.items()
+                    }
+                ),
+            )
         state.wait_for_everyone()
 
 # %% ../nbs/35_stream.ipynb #5da5a2d0
-def prepare(stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], work: Path, device: torch.device) -> None:
+def prepare(
+    stream: Stream,
+    config: CompressionConfig,
+    calibration: list[torch.Tensor],
+    work: Path,
+    device: torch.device,
+) -> None:
     "Calibrate all layers, on disk; the last step of it is a piece of the journal."
-    if finished_piece(work, "calibration"): return
+    if finished_piece(work, "calibration"):
+        return
     folder, layers = work / "calibration", list(decoder_layers(stream.model))
     for part in parts_of(stream.names, layers):
-        if part not in layers: load_tensors(stream.model, {name: stream.tensors[name] for name in parts_of(stream.names, layers)[part]}, str(device))
+        if part not in layers:
+            load_tensors(
+                stream.model,
+                {name: stream.tensors[name] for name in parts_of(stream.names, layers)[part]},
+                str(device),
+            )
     stream.model.tie_weights()
-    found = layerwise_moments(stream.model, lambda name: layer_loaded(stream, name, config, folder, device), calibration, work, bool(config.refine_steps))
+    found = layerwise_moments(
+        stream.model,
+        lambda name: layer_loaded(stream, name, config, folder, device),
+        calibration,
+        work,
+        bool(config.refine_steps),
+    )
     release(stream.model)
-    owners = {name: next(layer for layer in layers if name.startswith(f"{layer}.")) for name in stream.experts}
-    finish_piece(work, "calibration", [], dict(indices={name: layers.index(owner) for name, owner in owners.items()}, found={name: found[owner] for name, owner in owners.items()}))
+    owners = {
+        name: next(layer for layer in layers if name.startswith(f"{layer}."))
+        for name in stream.experts
+    }
+    finish_piece(
+        work,
+        "calibration",
+        [],
+        dict(
+            indices={name: layers.index(owner) for name, owner in owners.items()},
+            found={name: found[owner] for name, owner in owners.items()},
+        ),
+    )
 
 # %% ../nbs/35_stream.ipynb #fd0e0704
-def finish(stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], output: Path, records: dict, statistics: CompressionStatistics, tokenizer, weights_format: str, max_shard_size: str) -> None:
+def finish(
+    stream: Stream,
+    config: CompressionConfig,
+    calibration: list[torch.Tensor],
+    output: Path,
+    records: dict,
+    statistics: CompressionStatistics,
+    tokenizer,
+    weights_format: str,
+    max_shard_size: str,
+) -> None:
     "Copy what is not compressed, describe the whole, and make the work for `output` a complete compressed directory."
     result, model = work_folder(output) / "result", stream.model
     layers = {file for record in records.values() for file in record["weight_map"].values()}
     for file in result.rglob("*"):  # what an earlier attempt left
-        if file.is_file() and str(file.relative_to(result)) not in layers: file.unlink()
+        if file.is_file() and str(file.relative_to(result)) not in layers:
+            file.unlink()
     weight_map = copy_rest(stream, config, result, weights_format, max_shard_size)
     samples = sample_rest(stream)
     for name, record in records.items():
         model.set_submodule(name, empty_experts(stream.experts[name], record["shapes"]))
         samples, weight_map = samples | record["samples"], weight_map | record["weight_map"]
-    if config.dtype: model.to(getattr(torch, config.dtype))
-    how = compression_record(model, config, calibration, samples_digest(samples[name] for name in stream.parameters))
-    mark_compressed(model, weights_format=weights_format, compression=how, statistics=stored_statistics(statistics))
-    write_records(model, model.config.quantization_config, result, weight_map, sum(value.numel() * value.element_size() for value in model.state_dict().values()))
-    if tokenizer is not None: tokenizer.save_pretrained(result)
+    if config.dtype:
+        model.to(getattr(torch, config.dtype))
+    how = compression_record(
+        model, config, calibration, samples_digest(samples[name] for name in stream.parameters)
+    )
+    mark_compressed(
+        model,
+        weights_format=weights_format,
+        compression=how,
+        statistics=stored_statistics(statistics),
+    )
+    write_records(
+        model,
+        model.config.quantization_config,
+        result,
+        weight_map,
+        sum(value.numel() * value.element_size() for value in model.state_dict().values()),
+    )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(result)
     write_metadata(result, model.config.quantization_config)
     write_card(result, output, how, model.config.quantization_config.statistics)
 
 # %% ../nbs/35_stream.ipynb #80aa93cf
-def job_of(stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], **options) -> dict:
+def job_of(
+    stream: Stream, config: CompressionConfig, calibration: list[torch.Tensor], **options
+) -> dict:
     "What makes a run the same run: configuration, source, calibration, options and versions."
-    return dict(config=asdict(config), source=source_identity(stream.folder), options=options, versions=versions("torch", "transformers"), calibration=samples_digest(str(ids.tolist()) for ids in calibration))
+    return dict(
+        config=asdict(config),
+        source=source_identity(stream.folder),
+        options=options,
+        versions=versions("torch", "transformers"),
+        calibration=samples_digest(str(ids.tolist()) for ids in calibration),
+    )
 
 # %% ../nbs/35_stream.ipynb #fcfd08ca
-def compress_mine(stream: Stream, config: CompressionConfig, work: Path, weights_format: str, max_shard_size: str, prepared: Prepared | None) -> dict[str, dict]:
+def compress_mine(
+    stream: Stream,
+    config: CompressionConfig,
+    work: Path,
+    weights_format: str,
+    max_shard_size: str,
+    prepared: Prepared | None,
+) -> dict[str, dict]:
     "Compress the layers of this process that are not done; wait for the others; returns the records of all layers."
     state, folders = processes(), layer_folders(list(stream.experts))
     mine = share(stream.experts, state)
     for name in tqdm(mine, desc="compressing", unit="layer") if state.is_main_process else mine:
-        if finished_piece(work, folders[name]): continue
-        record = compress_layer(stream, name, config, work / "result", weights_format, max_shard_size, state.device, prepared)
+        if finished_piece(work, folders[name]):
+            continue
+        record = compress_layer(
+            stream,
+            name,
+            config,
+            work / "result",
+            weights_format,
+            max_shard_size,
+            state.device,
+            prepared,
+        )
         files = [f"result/{file}" for file in sorted(set(record["weight_map"].values()))]
-        finish_piece(work, folders[name], [(file, 0, (work / file).stat().st_size) for file in files], record)
+        finish_piece(
+            work, folders[name], [(file, 0, (work / file).stat().st_size) for file in files], record
+        )
     state.wait_for_everyone()
     return {name: finished_piece(work, folders[name], verify=False) for name in stream.experts}
 
 # %% ../nbs/35_stream.ipynb #892baf5d
 @torch.no_grad()
-def compress_checkpoint(source: str | Path,  # Directory of a checkpoint, or a hub id
-                        output: str | Path,  # New directory, or an older one of ours, which is replaced
-                        config: CompressionConfig,
-                        calibration: Iterable[torch.Tensor] | None = None,  # 1-D token-id tensors that weight the fit of a ratio
-                        *,
-                        tokenizer=None,  # Saved with it; None: that of the source
-                        weights_format: str = "safetensors",  # Or "pt"
-                        max_shard_size: str = "5GB"  # Of each file of weights
-                       ) -> CompressionStatistics:
+def compress_checkpoint(
+    source: str | Path,  # Directory of a checkpoint, or a hub id
+    output: str | Path,  # New directory, or an older one of ours, which is replaced
+    config: CompressionConfig,
+    calibration: Iterable[torch.Tensor]
+    | None = None,  # 1-D token-id tensors that weight the fit of a ratio
+    *,
+    tokenizer=None,  # Saved with it; None: that of the source
+    weights_format: str = "safetensors",  # Or "pt"
+    max_shard_size: str = "5GB",  # Of each file of weights
+) -> CompressionStatistics:
     "Compress a checkpoint layer by layer, with the memory of one layer. A run that was killed is taken up again; several processes share the layers."
-    state, start, output, calibration = processes(), time.time(), Path(os.path.abspath(output)), list(calibration or [])
-    if weights_format not in SUFFIXES: raise ValueError(f"weights_format must be one of {', '.join(SUFFIXES)}; got {weights_format!r}")
+    state, start, output, calibration = (
+        processes(),
+        time.time(),
+        Path(os.path.abspath(output)),
+        list(calibration or []),
+    )
+    if weights_format not in SUFFIXES:
+        raise ValueError(
+            f"weights_format must be one of {', '.join(SUFFIXES)}; got {weights_format!r}"
+        )
     check_output(output, METADATA)
     together, work = config.by_budget and bool(calibration), work_folder(output)
     stream, tokenizer = open_stream(source, config, together), tokenizer or find_tokenizer(source)
     if state.is_main_process:
-        begin_job(output, job_of(stream, config, calibration, weights_format=weights_format, max_shard_size=max_shard_size))
-        if together: prepare(stream, config, calibration, work, state.device)
+        begin_job(
+            output,
+            job_of(
+                stream,
+                config,
+                calibration,
+                weights_format=weights_format,
+                max_shard_size=max_shard_size,
+            ),
+        )
+        if together:
+            prepare(stream, config, calibration, work, state.device)
     state.wait_for_everyone()
-    if together: fit_stored(stream, config, work)
-    records = compress_mine(stream, config, work, weights_format, max_shard_size, read_prepared(work, config.rounds) if together else None)
+    if together:
+        fit_stored(stream, config, work)
+    records = compress_mine(
+        stream,
+        config,
+        work,
+        weights_format,
+        max_shard_size,
+        read_prepared(work, config.rounds) if together else None,
+    )
     folders = layer_folders(list(stream.experts))
-    statistics = summarize(stream.outside, {folders[name]: record["layer"] for name, record in records.items()}, time.time() - start)
+    statistics = summarize(
+        stream.outside,
+        {folders[name]: record["layer"] for name, record in records.items()},
+        time.time() - start,
+    )
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(stream, config, calibration, output, records, statistics, tokenizer, weights_format, max_shard_size)
+        finish(
+            stream,
+            config,
+            calibration,
+            output,
+            records,
+            statistics,
+            tokenizer,
+            weights_format,
+            max_shard_size,
+        )
         complete_job(output)
     state.wait_for_everyone()
-    for name, record in records.items(): statistics.layers[folders[name]]["seconds"] = record["seconds"]  # returned, not stored
+    for name, record in records.items():
+        statistics.layers[folders[name]]["seconds"] = record["seconds"]  # returned, not stored
     return statistics

@@ -42,6 +42,7 @@ def from_roots(roots: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/41_targets.ipynb #99dfa09c
 class Summary(NamedTuple):
     "Of the distribution at every token: ids in ascending order; roots of the probabilities of the `k` ids, then of that of the tail; `sum w log p`."
+
     ids_Tk: torch.Tensor
     tail_ids_Tn: torch.Tensor
     roots_Tk1: torch.Tensor
@@ -57,13 +58,22 @@ def summarize_logits(z_TV: torch.Tensor, draws_T: torch.Tensor, k: int, samples:
     "`Summary` of the distributions with logits `z_TV`; `draws_T`, uniform in [0, 1), decide the sampled tail."
     p_TV = z_TV.softmax(1)
     ids_Tk = p_TV.topk(k, dim=1).indices.sort(1).values
-    tail_TV = p_TV.scatter(1, ids_Tk, 0.)
-    cdf_TV = tail_TV.cumsum(1, dtype=torch.float64)  # in fp32 small probabilities would vanish in the sum
-    points_Tn = (draws_T[:, None] + torch.arange(samples, device=z_TV.device)) / samples * cdf_TV[:, -1:]
+    tail_TV = p_TV.scatter(1, ids_Tk, 0.0)
+    cdf_TV = tail_TV.cumsum(
+        1, dtype=torch.float64
+    )  # in fp32 small probabilities would vanish in the sum
+    points_Tn = (
+        (draws_T[:, None] + torch.arange(samples, device=z_TV.device)) / samples * cdf_TV[:, -1:]
+    )
     tail_ids_Tn = torch.searchsorted(cdf_TV, points_Tn, right=True).clamp_max(z_TV.shape[1] - 1)
     roots_Tk1 = to_roots(torch.cat([p_TV.gather(1, ids_Tk), cdf_TV[:, -1:].float()], 1))
     p_Tn = p_TV.gather(1, torch.cat([ids_Tk, tail_ids_Tn], 1))
-    return Summary(ids_Tk, tail_ids_Tn, roots_Tk1, torch.xlogy(shared_tail(from_roots(roots_Tk1), samples), p_Tn).sum(1))
+    return Summary(
+        ids_Tk,
+        tail_ids_Tn,
+        roots_Tk1,
+        torch.xlogy(shared_tail(from_roots(roots_Tk1), samples), p_Tn).sum(1),
+    )
 
 # %% ../nbs/41_targets.ipynb #c0cd3be5
 def id_bits(count: int, vocabulary: int) -> tuple[int, int]:
@@ -86,46 +96,74 @@ def unpack_ids(packed_Tb: np.ndarray, count: int, vocabulary: int) -> np.ndarray
     "The ids that `pack_ids` made bytes of."
     low, steps = id_bits(count, vocabulary)
     bits = np.unpackbits(packed_Tb, axis=1, count=count * low + steps)
-    low_Tn = bits[:, :count * low].reshape(len(bits), count, low) @ (1 << np.arange(low))
-    high_Tn = np.nonzero(bits[:, count * low:])[1].reshape(len(bits), count) - np.arange(count)
+    low_Tn = bits[:, : count * low].reshape(len(bits), count, low) @ (1 << np.arange(low))
+    high_Tn = np.nonzero(bits[:, count * low :])[1].reshape(len(bits), count) - np.arange(count)
     return high_Tn << low | low_Tn
 
 # %% ../nbs/41_targets.ipynb #8156ff51
 @dataclass(frozen=True, kw_only=True)
 class TargetSettings:
     "What the targets of a directory are."
+
     teacher: str  # Its `fingerprint`
     vocabulary: int
-    temperature: float = 1.
+    temperature: float = 1.0
     k: int = 32  # Most likely tokens
     samples: int = 8  # Draws from the tail
     seed: int = 0
 
     def __post_init__(self):
-        if not 1 <= self.k <= self.vocabulary: raise ValueError(f"k must lie between 1 and the vocabulary, {self.vocabulary}; got {self.k}")
-        if self.samples < 1: raise ValueError(f"samples must be at least 1; got {self.samples}")
-        if not self.temperature > 0: raise ValueError(f"temperature must be above 0; got {self.temperature}")
+        if not 1 <= self.k <= self.vocabulary:
+            raise ValueError(
+                f"k must lie between 1 and the vocabulary, {self.vocabulary}; got {self.k}"
+            )
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1; got {self.samples}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0; got {self.temperature}")
 
     @property
     def parts(self) -> tuple[int, ...]:
         "Bytes per token of the ids, the tail ids, the probabilities and the constant."
-        bits = [count * low + steps for count in (self.k, self.samples) for low, steps in [id_bits(count, self.vocabulary)]]
+        bits = [
+            count * low + steps
+            for count in (self.k, self.samples)
+            for low, steps in [id_bits(count, self.vocabulary)]
+        ]
         return *((b + 7) // 8 for b in bits), 2 * (self.k + 1), 4
 
 # %% ../nbs/41_targets.ipynb #4cda5cc1
 def pack_summary(summary: Summary, vocabulary: int) -> np.ndarray:
     "One row of bytes per token."
     ids_Tk, tail_ids_Tn, roots_Tk1, constant_T = (part.cpu().numpy() for part in summary)
-    parts = pack_ids(ids_Tk, vocabulary), pack_ids(tail_ids_Tn, vocabulary), roots_Tk1.astype("<u2"), constant_T[:, None].astype("<f4")
+    parts = (
+        pack_ids(ids_Tk, vocabulary),
+        pack_ids(tail_ids_Tn, vocabulary),
+        roots_Tk1.astype("<u2"),
+        constant_T[:, None].astype("<f4"),
+    )
     return np.concatenate([part.view(np.uint8) for part in parts], axis=1)
 
 # %% ../nbs/41_targets.ipynb #bcc2d59b
 def unpack_targets(records_Tb: np.ndarray, settings: TargetSettings) -> SparseTargets:
     "What the loss takes, from rows of bytes."
-    ids_Tb, tail_ids_Tb, roots_Tb, constant_Tb = (np.ascontiguousarray(part) for part in np.split(records_Tb, np.cumsum(settings.parts)[:-1], axis=1))
-    ids_Tn = np.concatenate([unpack_ids(ids_Tb, settings.k, settings.vocabulary), unpack_ids(tail_ids_Tb, settings.samples, settings.vocabulary)], axis=1)
+    ids_Tb, tail_ids_Tb, roots_Tb, constant_Tb = (
+        np.ascontiguousarray(part)
+        for part in np.split(records_Tb, np.cumsum(settings.parts)[:-1], axis=1)
+    )
+    ids_Tn = np.concatenate(
+        [
+            unpack_ids(ids_Tb, settings.k, settings.vocabulary),
+            unpack_ids(tail_ids_Tb, settings.samples, settings.vocabulary),
+        ],
+        axis=1,
+    )
     p_Tk1 = from_roots(torch.from_numpy(roots_Tb.view("<u2").astype(np.int32)))
-    return SparseTargets(torch.from_numpy(ids_Tn), shared_tail(p_Tk1, settings.samples), torch.from_numpy(constant_Tb.view("<f4")[:, 0].astype(np.float32)))
+    return SparseTargets(
+        torch.from_numpy(ids_Tn),
+        shared_tail(p_Tk1, settings.samples),
+        torch.from_numpy(constant_Tb.view("<f4")[:, 0].astype(np.float32)),
+    )
 
 # %% ../nbs/41_targets.ipynb #808c954d
 def sequence_key(ids_L: torch.Tensor) -> bytes:
@@ -136,7 +174,11 @@ def sequence_key(ids_L: torch.Tensor) -> bytes:
 def sequence_draws(key: bytes, tokens: int, seed: int) -> torch.Tensor:
     "Uniform numbers in [0, 1), one per token, that depend on the sequence and the seed alone."
     digest = hashlib.sha256(key + str(seed).encode()).digest()
-    return torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+    return torch.rand(
+        tokens,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")),
+    )
 
 # %% ../nbs/41_targets.ipynb #938065ac
 INDEX = "targets.json"
@@ -153,7 +195,10 @@ def write_index(path: Path, settings: TargetSettings, shards: dict[str, dict]) -
 # %% ../nbs/41_targets.ipynb #07d10b09
 def read_index(path: Path) -> tuple[TargetSettings, dict[str, dict]]:
     "Settings and shards of `path`."
-    if not (path / INDEX).is_file(): raise FileNotFoundError(f"{path} holds no targets (it has no {INDEX}): write them with capture_targets(teacher, sequences, path)")
+    if not (path / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{path} holds no targets (it has no {INDEX}): write them with capture_targets(teacher, sequences, path)"
+        )
     index = json.loads((path / INDEX).read_text())
     return TargetSettings(**index["settings"]), index["shards"]
 
@@ -162,22 +207,39 @@ def check_settings(path: Path, found: TargetSettings, expected: dict) -> None:
     "Raise `ValueError` where `found`, the settings of `path`, differ from those of `expected` that are not None."
     for name, value in expected.items():
         if value is not None and getattr(found, name) != value:
-            raise ValueError(f"{path} holds targets of {name} {getattr(found, name)}; expected {name} {value}. Use the directory of this {name}, or capture into another one")
+            raise ValueError(
+                f"{path} holds targets of {name} {getattr(found, name)}; expected {name} {value}. Use the directory of this {name}, or capture into another one"
+            )
 
 # %% ../nbs/41_targets.ipynb #5c622459
-def write_shard(path: Path, shards: dict[str, dict], keys: list[bytes], records: list[np.ndarray]) -> dict[str, dict]:
+def write_shard(
+    path: Path, shards: dict[str, dict], keys: list[bytes], records: list[np.ndarray]
+) -> dict[str, dict]:
     "Write one more shard; returns `shards` with it."
     name = f"targets-{len(shards):05}.safetensors"
     temporary = path / f".{name}"
-    tensors = {"keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32), "tokens": np.array([len(part) for part in records]), "records": np.concatenate(records)}
-    write_tensors(temporary, {part: torch.from_numpy(value.copy()) for part, value in tensors.items()})
+    tensors = {
+        "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32),
+        "tokens": np.array([len(part) for part in records]),
+        "records": np.concatenate(records),
+    }
+    write_tensors(
+        temporary, {part: torch.from_numpy(value.copy()) for part, value in tensors.items()}
+    )
     sync(temporary)
     os.replace(temporary, path / name)
-    return shards | {name: {"sequences": len(keys), "tokens": len(tensors["records"]), "bytes": (path / name).stat().st_size}}
+    return shards | {
+        name: {
+            "sequences": len(keys),
+            "tokens": len(tensors["records"]),
+            "bytes": (path / name).stat().st_size,
+        }
+    }
 
 # %% ../nbs/41_targets.ipynb #f2593281
 class Place(NamedTuple):
     "Where the records of a sequence are."
+
     shard: str
     start: int
     stop: int
@@ -185,53 +247,105 @@ class Place(NamedTuple):
 # %% ../nbs/41_targets.ipynb #4993928d
 def shard_places(path: Path, name: str, entry: dict) -> dict[bytes, Place]:
     "Key -> place of the sequences of one shard, which has to have its size."
-    if not (path / name).is_file(): raise ValueError(f"{path / name} is missing; copy the directory again")
-    if (size := (path / name).stat().st_size) != entry["bytes"]: raise ValueError(f"{path / name}: expected {entry['bytes']} bytes, found {size}; the copy is incomplete")
-    with safe_open(path / name, "np") as file: keys, stops = file.get_tensor("keys"), file.get_tensor("tokens").cumsum().tolist()
-    return {bytes(key): Place(name, start, stop) for key, start, stop in zip(keys, [0, *stops], stops)}
+    if not (path / name).is_file():
+        raise ValueError(f"{path / name} is missing; copy the directory again")
+    if (size := (path / name).stat().st_size) != entry["bytes"]:
+        raise ValueError(
+            f"{path / name}: expected {entry['bytes']} bytes, found {size}; the copy is incomplete"
+        )
+    with safe_open(path / name, "np") as file:
+        keys, stops = file.get_tensor("keys"), file.get_tensor("tokens").cumsum().tolist()
+    return {
+        bytes(key): Place(name, start, stop) for key, start, stop in zip(keys, [0, *stops], stops)
+    }
 
 # %% ../nbs/41_targets.ipynb #d290206b
 class OfflineTargets:
     "The targets in a directory; `teacher` (a `fingerprint`, such as a compressed model's source has), `vocabulary` and `temperature` are checked where given."
 
-    def __init__(self, path: str | Path, *, teacher: str | None = None, vocabulary: int | None = None, temperature: float | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        teacher: str | None = None,
+        vocabulary: int | None = None,
+        temperature: float | None = None,
+    ):
         self.path = Path(path)
         self.settings, self.shards = read_index(self.path)
-        check_settings(self.path, self.settings, dict(teacher=teacher, vocabulary=vocabulary, temperature=temperature))
-        self.places = {key: place for name, entry in self.shards.items() for key, place in shard_places(self.path, name, entry).items()}
+        check_settings(
+            self.path,
+            self.settings,
+            dict(teacher=teacher, vocabulary=vocabulary, temperature=temperature),
+        )
+        self.places = {
+            key: place
+            for name, entry in self.shards.items()
+            for key, place in shard_places(self.path, name, entry).items()
+        }
 
-    def __len__(self): return len(self.places)
-    def __contains__(self, ids_L: torch.Tensor): return sequence_key(ids_L) in self.places
+    def __len__(self):
+        return len(self.places)
+
+    def __contains__(self, ids_L: torch.Tensor):
+        return sequence_key(ids_L) in self.places
 
     def records(self, ids_L: torch.Tensor, row: int = 0) -> np.ndarray:
         "Records of one sequence, read from disk; `row` is for the message when it has none."
         place = self.places.get(key := sequence_key(ids_L))
-        if place is None: raise ValueError(f"{self.path} has no targets for row {row} of the batch (SHA-256 {key.hex()[:12]}..., tokens {ids_L[:6].tolist()}...): add it with capture_targets(teacher, sequences, path); a sequence has to come whole, as it was captured")
-        with safe_open(self.path / place.shard, "np") as file: return file.get_slice("records")[place.start:place.stop]
+        if place is None:
+            raise ValueError(
+                f"{self.path} has no targets for row {row} of the batch (SHA-256 {key.hex()[:12]}..., tokens {ids_L[:6].tolist()}...): add it with capture_targets(teacher, sequences, path); a sequence has to come whole, as it was captured"
+            )
+        with safe_open(self.path / place.shard, "np") as file:
+            return file.get_slice("records")[place.start : place.stop]
 
     def lookup(self, input_ids_BL: torch.Tensor, labels_BL: torch.Tensor) -> SparseTargets:
         "Targets of the predicted tokens (labels other than -100) of whole sequences."
         keep_BL = (labels_BL[:, 1:] != -100).cpu().numpy()
-        return unpack_targets(np.concatenate([self.records(ids_L, row)[keep_L] for row, (ids_L, keep_L) in enumerate(zip(input_ids_BL, keep_BL))]), self.settings)
+        return unpack_targets(
+            np.concatenate(
+                [
+                    self.records(ids_L, row)[keep_L]
+                    for row, (ids_L, keep_L) in enumerate(zip(input_ids_BL, keep_BL))
+                ]
+            ),
+            self.settings,
+        )
 
 # %% ../nbs/41_targets.ipynb #90dda9da
 @torch.no_grad()
-def capture_batch(teacher: nn.Module, ids_BL: torch.Tensor, settings: TargetSettings) -> list[np.ndarray]:
+def capture_batch(
+    teacher: nn.Module, ids_BL: torch.Tensor, settings: TargetSettings
+) -> list[np.ndarray]:
     "Records of each sequence of a batch."
     head, (B, L) = output_head(teacher), ids_BL.shape
-    hidden_Td = teacher.base_model(ids_BL.to(teacher.device), use_cache=False).last_hidden_state[:, :-1].flatten(0, 1).to(head.weight_Vd.device)
-    draws_T = torch.cat([sequence_draws(sequence_key(ids_L), L - 1, settings.seed) for ids_L in ids_BL]).to(hidden_Td.device)
+    hidden_Td = (
+        teacher.base_model(ids_BL.to(teacher.device), use_cache=False)
+        .last_hidden_state[:, :-1]
+        .flatten(0, 1)
+        .to(head.weight_Vd.device)
+    )
+    draws_T = torch.cat(
+        [sequence_draws(sequence_key(ids_L), L - 1, settings.seed) for ids_L in ids_BL]
+    ).to(hidden_Td.device)
     records = []
     for start in range(0, len(hidden_Td), chunk := chunk_tokens(head.weight_Vd)):
-        z_TV = logits(hidden_Td[start:start + chunk], head).div_(settings.temperature)
-        summary = summarize_logits(z_TV, draws_T[start:start + chunk], settings.k, settings.samples)
-        if not summary.constant_T.isfinite().all(): raise ValueError("the teacher's logits overflow or are NaN; check it, or load it with another dtype")
+        z_TV = logits(hidden_Td[start : start + chunk], head).div_(settings.temperature)
+        summary = summarize_logits(
+            z_TV, draws_T[start : start + chunk], settings.k, settings.samples
+        )
+        if not summary.constant_T.isfinite().all():
+            raise ValueError(
+                "the teacher's logits overflow or are NaN; check it, or load it with another dtype"
+            )
         records.append(pack_summary(summary, settings.vocabulary))
     return np.split(np.concatenate(records), B)
 
 # %% ../nbs/41_targets.ipynb #2f2bb454
 class Captured(NamedTuple):
     "What a capture did."
+
     sequences: int
     present: int
     tokens: int
@@ -243,7 +357,13 @@ class Captured(NamedTuple):
         return f"captured {self.sequences} sequences, {self.present} were there: {self.tokens} tokens, {self.bytes} bytes{per_token}, {self.seconds:.1f} s"
 
 # %% ../nbs/41_targets.ipynb #0667803c
-def capture_missing(teacher: nn.Module, missing: list[torch.Tensor], targets: OfflineTargets, batch: int, shard_tokens: int) -> dict[str, dict]:
+def capture_missing(
+    teacher: nn.Module,
+    missing: list[torch.Tensor],
+    targets: OfflineTargets,
+    batch: int,
+    shard_tokens: int,
+) -> dict[str, dict]:
     "Capture `missing`, a shard at a time; returns the entries of the new shards."
     shards, keys, records = targets.shards, [], []
     groups = batches(missing, batch) if missing else []
@@ -256,29 +376,40 @@ def capture_missing(teacher: nn.Module, missing: list[torch.Tensor], targets: Of
     return {name: entry for name, entry in shards.items() if name not in targets.shards}
 
 # %% ../nbs/41_targets.ipynb #49e7d897
-def capture_targets(teacher: nn.Module,  # A causal language model
-                    sequences: Iterable[torch.Tensor],  # 1-D token-id tensors, whole, as the training will see them
-                    path: str | Path,  # A new directory, or one to add to
-                    *,
-                    k: int = 32,  # Most likely tokens that are kept
-                    samples: int = 8,  # Draws from the others
-                    temperature: float = 1.,  # Of the distillation
-                    batch: int = 8,  # Sequences at a time
-                    shard_tokens: int = 2**18,  # Tokens of one file: what an interruption can cost
-                    seed: int = 0
-                   ) -> Captured:
+def capture_targets(
+    teacher: nn.Module,  # A causal language model
+    sequences: Iterable[torch.Tensor],  # 1-D token-id tensors, whole, as the training will see them
+    path: str | Path,  # A new directory, or one to add to
+    *,
+    k: int = 32,  # Most likely tokens that are kept
+    samples: int = 8,  # Draws from the others
+    temperature: float = 1.0,  # Of the distillation
+    batch: int = 8,  # Sequences at a time
+    shard_tokens: int = 2**18,  # Tokens of one file: what an interruption can cost
+    seed: int = 0,
+) -> Captured:
     "Write the targets of the `sequences` that `path` lacks. Running it again after an interruption continues."
     path, start, training = Path(path), time.time(), teacher.training
-    settings = TargetSettings(teacher=fingerprint(teacher), vocabulary=len(output_head(teacher).weight_Vd), temperature=temperature, k=k, samples=samples, seed=seed)
-    if not (unique := {sequence_key(ids_L): ids_L for ids_L in sequences}): raise ValueError("there is no sequence to capture")
+    settings = TargetSettings(
+        teacher=fingerprint(teacher),
+        vocabulary=len(output_head(teacher).weight_Vd),
+        temperature=temperature,
+        k=k,
+        samples=samples,
+        seed=seed,
+    )
+    if not (unique := {sequence_key(ids_L): ids_L for ids_L in sequences}):
+        raise ValueError("there is no sequence to capture")
     if not (path / INDEX).is_file():
-        with atomic_directory(path, INDEX) as folder: write_index(folder, settings, {})
+        with atomic_directory(path, INDEX) as folder:
+            write_index(folder, settings, {})
     targets = OfflineTargets(path)
     check_settings(path, targets.settings, asdict(settings))
     missing = [ids_L for key, ids_L in unique.items() if key not in targets.places]
     try:
         check_head(teacher.eval())
         shards = capture_missing(teacher, missing, targets, batch, shard_tokens)
-    finally: teacher.train(training)
+    finally:
+        teacher.train(training)
     tokens, size = (sum(entry[name] for entry in shards.values()) for name in ("tokens", "bytes"))
     return Captured(len(missing), len(unique) - len(missing), tokens, size, time.time() - start)

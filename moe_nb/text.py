@@ -18,7 +18,13 @@ from tqdm.auto import tqdm
 from .tiny import tiny_text
 
 # %% ../nbs/03_text.ipynb #c5985834
-FILE_KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 
 
 def read_texts(source: str, column: str = "text") -> Iterator[str]:
@@ -73,17 +79,23 @@ def token_sequences(
     whole = len(stream) // length * length
     sequences = list(torch.tensor(stream[:whole], dtype=torch.long).view(-1, length))
     if not sequences:
-        raise ValueError(f"the texts hold {len(stream)} tokens, fewer than one sequence of {length}")
+        raise ValueError(
+            f"the texts hold {len(stream)} tokens, fewer than one sequence of {length}"
+        )
     return sequences
 
 # %% ../nbs/03_text.ipynb #378626a6
 def check_max_length(model: nn.Module, max_length: int) -> None:
     "Raise `ValueError` unless `model` has positions for sequences of `max_length` tokens."
     if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, one token of context and one to predict; got {max_length}")
+        raise ValueError(
+            f"max_length must be at least 2, one token of context and one to predict; got {max_length}"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_length > positions:
-        raise ValueError(f"max_length {max_length} is beyond the {positions} positions of the model")
+        raise ValueError(
+            f"max_length {max_length} is beyond the {positions} positions of the model"
+        )
 
 # %% ../nbs/03_text.ipynb #81c32286
 def batches(calibration: Iterable[torch.Tensor], size: int = 8) -> list[torch.Tensor]:

@@ -23,38 +23,55 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # %% ../nbs/00_tiny.ipynb #6541f27b
-def docstrings(path: Path  # A Python source file
-              ) -> list[str]:
+def docstrings(
+    path: Path,  # A Python source file
+) -> list[str]:
     "Docstrings of the module at `path`, of its classes and of its functions, in the order of the syntax tree."
-    try: tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError): return []
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
     return [text for text in found if text]
 
 # %% ../nbs/00_tiny.ipynb #a595ed10
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "ensurepip"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "ensurepip",
+}
 
 
 @cache
 def documents() -> tuple[str, ...]:
     "All documents: the topics of the language reference, then one document per standard-library module (at least 200 characters)."
     root = Path(sysconfig.get_paths()["stdlib"])
-    found, seen = list(dict.fromkeys(inspect.cleandoc(text) for _, text in sorted(topics.items()))), set()
+    found, seen = (
+        list(dict.fromkeys(inspect.cleandoc(text) for _, text in sorted(topics.items()))),
+        set(),
+    )
     for path in sorted(root.rglob("*.py")):
-        if _SKIPPED_FOLDERS & set(path.relative_to(root).parts): continue
+        if _SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+            continue
         parts = [text for text in dict.fromkeys(docstrings(path)) if text not in seen]
         seen.update(parts)
         text = "\n\n".join(parts)
-        if len(text) >= 200: found.append(text)
+        if len(text) >= 200:
+            found.append(text)
     return tuple(found)
 
 # %% ../nbs/00_tiny.ipynb #010a080a
 SPLITS = ("train", "calibration", "heldout")
 
 
-def split_of(document: str  # One of `documents()`
-            ) -> str:
+def split_of(
+    document: str,  # One of `documents()`
+) -> str:
     """Split of `document`, from the SHA-256 of its opening line: 8 % held out, 8 % calibration, the rest for training.
 
     >>> split_of("The bisect module"), split_of("The bisect module\\nedited below")
@@ -65,22 +82,26 @@ def split_of(document: str  # One of `documents()`
     return "heldout" if bucket < 8 else "calibration" if bucket < 16 else "train"
 
 # %% ../nbs/00_tiny.ipynb #7c1d5cfa
-def tiny_text(split: str  # "train", "calibration" or "heldout"
-             ) -> list[str]:
+def tiny_text(
+    split: str,  # "train", "calibration" or "heldout"
+) -> list[str]:
     "Documents of one `split` of the embedded text, found in the running Python installation."
-    if split not in SPLITS: raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     return [text for text in documents() if split_of(text) == split]
 
 # %% ../nbs/00_tiny.ipynb #0e8658e8
-def tiny_path(upcycled: bool = False  # The second model
-             ) -> Path:
+def tiny_path(
+    upcycled: bool = False,  # The second model
+) -> Path:
     "Directory of an embedded model: a plain Hugging Face checkpoint in bf16 safetensors, at most 8 MB, with its tokenizer."
     return Path(str(files("moe_nb"))) / ("tiny_upcycled_model" if upcycled else "tiny_model")
 
 # %% ../nbs/00_tiny.ipynb #6bffe526
-def load_tiny(dtype: torch.dtype = torch.float32,  # Data type of the loaded parameters; they are stored in bf16
-              upcycled: bool = False  # The second model
-             ) -> tuple:
+def load_tiny(
+    dtype: torch.dtype = torch.float32,  # Data type of the loaded parameters; they are stored in bf16
+    upcycled: bool = False,  # The second model
+) -> tuple:
     "An embedded Qwen3-MoE and its tokenizer, as `(model, tokenizer)`; the model is on the CPU, in evaluation mode."
     model = AutoModelForCausalLM.from_pretrained(tiny_path(upcycled), dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(tiny_path(upcycled))
@@ -102,32 +123,39 @@ def next_word_places(document: str, context_words: int = 40) -> list[tuple[str, 
     [('The bisect module', 'keeps'), ('module keeps a', 'list')]
     """
     words, places = list(re.finditer(r"\S+", document)), []
-    for first, previous, word in zip(words, words[context_words - 1:], words[context_words:]):
-        if re.fullmatch("[a-z]{4,}", word[0]) and document[previous.end():word.start()] == " ":
-            places.append((document[first.start():previous.end()], word[0]))
+    for first, previous, word in zip(words, words[context_words - 1 :], words[context_words:]):
+        if re.fullmatch("[a-z]{4,}", word[0]) and document[previous.end() : word.start()] == " ":
+            places.append((document[first.start() : previous.end()], word[0]))
     return places
 
 # %% ../nbs/00_tiny.ipynb #186c8068
-def similar_words(word: str,  # The right word
-                  counts: Counter,  # Word -> how often it is in the text
-                  number: int = 12  # How many to return
-                 ) -> list[str]:
+def similar_words(
+    word: str,  # The right word
+    counts: Counter,  # Word -> how often it is in the text
+    number: int = 12,  # How many to return
+) -> list[str]:
     """Other words of `counts`, nearest to `word` in length and frequency; ties in the order of `counts`.
 
     >>> similar_words("this", Counter({"this": 9, "that": 8, "with": 1, "bisects": 9}), 2)
     ['that', 'bisects']
     """
-    def distance(other): return abs(len(other) - len(word)) + abs(math.log2(counts[other] / counts[word]))
+
+    def distance(other):
+        return abs(len(other) - len(word)) + abs(math.log2(counts[other] / counts[word]))
+
     return sorted((other for other in counts if other != word), key=distance)[:number]
 
 # %% ../nbs/00_tiny.ipynb #67fd1272
-def next_word_items(documents: list[str],  # Held-out documents
-                    *,
-                    count: int = 400,  # Items, at most
-                    context_words: int = 40  # Words before the one asked for
-                   ) -> list[dict]:
+def next_word_items(
+    documents: list[str],  # Held-out documents
+    *,
+    count: int = 400,  # Items, at most
+    context_words: int = 40,  # Words before the one asked for
+) -> list[dict]:
     "Items `{'context', 'choices', 'answer'}` of `tiny_next_word`, in an order that makes the first n a random sample."
-    places = [place for document in documents for place in next_word_places(document, context_words)]
+    places = [
+        place for document in documents for place in next_word_places(document, context_words)
+    ]
     counts = Counter(sorted(re.findall(r"\b[a-z]{4,}\b", " ".join(documents)), key=hash_rank))
     similar, items = cache(lambda word: similar_words(word, counts)), []
     for context, word in sorted(dict.fromkeys(places), key=lambda place: hash_rank(*place))[:count]:

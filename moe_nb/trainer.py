@@ -25,24 +25,43 @@ from .resume import CompleteTrainer
 def replaced_output(model: nn.Module, compute: Callable[[torch.Tensor], object]):
     "Within the block a call of `model`, bare or wrapped, returns `compute` of its final hidden states `[B, L, d]` in place of its output."
     kept = []
-    handles = [model.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0])),
-               model.register_forward_hook(lambda module, args, output: compute(kept.pop()), prepend=True)]
-    try: yield
+    handles = [
+        model.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0])),
+        model.register_forward_hook(lambda module, args, output: compute(kept.pop()), prepend=True),
+    ]
+    try:
+        yield
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 # %% ../nbs/43_trainer.ipynb #e8dc25f8
-KINDS = {"experts": r"\.experts\.", "wrappers": r"\.(gate|up|down)\.[PQGV]$", "cores": r"\.(gate|up|down)\.core$", "routers": r"(?<!experts)\.(gate|router)(\.\w+)*\.(weight|bias)$", "norms": "norm", "all": ""}
+KINDS = {
+    "experts": r"\.experts\.",
+    "wrappers": r"\.(gate|up|down)\.[PQGV]$",
+    "cores": r"\.(gate|up|down)\.core$",
+    "routers": r"(?<!experts)\.(gate|router)(\.\w+)*\.(weight|bias)$",
+    "norms": "norm",
+    "all": "",
+}
 
 
 def learning_rate_factors(model: nn.Module, train: dict[str, float]) -> dict[str, float]:
     "Parameter name -> factor of the learning rate, from `train`: one of `KINDS` or a regular expression -> factor. Without those that are frozen."
-    parameters, factors = {name: p for name, p in model.named_parameters() if p.numel() and p.is_floating_point()}, {}
+    parameters, factors = (
+        {name: p for name, p in model.named_parameters() if p.numel() and p.is_floating_point()},
+        {},
+    )
     for kind, factor in train.items():
         found = [name for name in parameters if re.search(KINDS.get(kind, kind), name)]
-        if not found: raise ValueError(f"train: {kind!r} names no parameter of {type(model).__name__}; expected one of {', '.join(KINDS)} or a regular expression for names such as {next(iter(parameters))}")
-        if factor < 0: raise ValueError(f"train: the factor of {kind!r} must be at least 0; got {factor}")
-        for name in found: factors.setdefault(name, factor)
+        if not found:
+            raise ValueError(
+                f"train: {kind!r} names no parameter of {type(model).__name__}; expected one of {', '.join(KINDS)} or a regular expression for names such as {next(iter(parameters))}"
+            )
+        if factor < 0:
+            raise ValueError(f"train: the factor of {kind!r} must be at least 0; got {factor}")
+        for name in found:
+            factors.setdefault(name, factor)
     return {name: factor for name, factor in factors.items() if factor}
 
 # %% ../nbs/43_trainer.ipynb #29a3e577
@@ -52,22 +71,39 @@ def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
     own, shared = dict(student.named_parameters(remove_duplicate=False)), set()
     for name, parameter in list(teacher.named_parameters(remove_duplicate=False)):
         twin = own.get(name)
-        if twin is None or twin.requires_grad or (twin.shape, twin.dtype) != (parameter.shape, parameter.dtype) or not torch.equal(twin, parameter.to(twin.device)): continue
+        if (
+            twin is None
+            or twin.requires_grad
+            or (twin.shape, twin.dtype) != (parameter.shape, parameter.dtype)
+            or not torch.equal(twin, parameter.to(twin.device))
+        ):
+            continue
         module, _, key = name.rpartition(".")
         teacher.get_submodule(module)._parameters[key] = twin
         shared.add(twin)
     return sum(parameter.numel() for parameter in shared)
 
 # %% ../nbs/43_trainer.ipynb #d79a0d1a
-def check_vocabulary(student: nn.Module, teacher: nn.Module, student_tokenizer=None, teacher_tokenizer=None) -> None:
+def check_vocabulary(
+    student: nn.Module, teacher: nn.Module, student_tokenizer=None, teacher_tokenizer=None
+) -> None:
     "Raise `ValueError` unless both models have the same number of tokens, and their tokenizers, where given, the same tokens."
     names = [model.config._name_or_path or type(model).__name__ for model in (student, teacher)]
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
-    if sizes[0] != sizes[1]: raise ValueError(f"student and teacher have different vocabularies: {names[0]} has {sizes[0]} tokens, {names[1]} has {sizes[1]}; distill from the model that was compressed")
-    if student_tokenizer is None or teacher_tokenizer is None: return
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"student and teacher have different vocabularies: {names[0]} has {sizes[0]} tokens, {names[1]} has {sizes[1]}; distill from the model that was compressed"
+        )
+    if student_tokenizer is None or teacher_tokenizer is None:
+        return
     ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    token = next((token for token in sorted(ours | theirs) if ours.get(token) != theirs.get(token)), None)
-    if token is not None: raise ValueError(f"the tokenizers of {names[0]} and {names[1]} differ: {token!r} is token {ours.get(token)} of the first and {theirs.get(token)} of the second")
+    token = next(
+        (token for token in sorted(ours | theirs) if ours.get(token) != theirs.get(token)), None
+    )
+    if token is not None:
+        raise ValueError(
+            f"the tokenizers of {names[0]} and {names[1]} differ: {token!r} is token {ours.get(token)} of the first and {theirs.get(token)} of the second"
+        )
 
 # %% ../nbs/43_trainer.ipynb #07252f82
 class DistillationTrainer(CompleteTrainer):
@@ -75,22 +111,46 @@ class DistillationTrainer(CompleteTrainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None = None, *, targets=None, temperature: float = 1., alpha: float = .5, train: dict[str, float] | None = None, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        targets=None,
+        temperature: float = 1.0,
+        alpha: float = 0.5,
+        train: dict[str, float] | None = None,
+        **kwargs,
+    ):
         check_mixture(temperature, alpha)
-        if alpha and (teacher is None) == (targets is None): raise ValueError(f"alpha = {alpha} needs either a teacher or stored targets; got {'neither' if teacher is None else 'both'}")
-        if teacher is not None: check_vocabulary(model, teacher)
-        self.targets, self.temperature, self.alpha, self.factors = targets, temperature, alpha, learning_rate_factors(model, train or {"all": 1.})
-        for name, parameter in model.named_parameters(): parameter.requires_grad_(name in self.factors)
+        if alpha and (teacher is None) == (targets is None):
+            raise ValueError(
+                f"alpha = {alpha} needs either a teacher or stored targets; got {'neither' if teacher is None else 'both'}"
+            )
+        if teacher is not None:
+            check_vocabulary(model, teacher)
+        self.targets, self.temperature, self.alpha, self.factors = (
+            targets,
+            temperature,
+            alpha,
+            learning_rate_factors(model, train or {"all": 1.0}),
+        )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.factors)
         super().__init__(model, **kwargs)
         check_setup(self)
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # so that the predicted tokens of a step are counted
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = (
+            True  # so that the predicted tokens of a step are counted
+        )
         self.teacher = None if teacher is None else self._placed(teacher)
-        for checked in (self.model, self.teacher): checked is None or check_head(checked)
+        for checked in (self.model, self.teacher):
+            checked is None or check_head(checked)
         self._sums, self._since = torch.zeros(4, device=self.args.device), time.time()
 
     def _placed(self, teacher):
         teacher.eval().requires_grad_(False)
-        if not self.is_fsdp_enabled: share_frozen(self.model, teacher)
+        if not self.is_fsdp_enabled:
+            share_frozen(self.model, teacher)
         return teacher if hasattr(teacher, "hf_device_map") else teacher.to(self.args.device)
 
     @cached_property
@@ -100,20 +160,50 @@ class DistillationTrainer(CompleteTrainer):
 
     def teacher_says(self, batch: dict[str, torch.Tensor], labels_BL: torch.Tensor):
         "What `distillation_loss` takes as targets: stored ones, or the teacher's hidden states and head."
-        if not self.alpha: return None
-        if self.targets is not None: return self.targets.lookup(batch["input_ids"], labels_BL)
+        if not self.alpha:
+            return None
+        if self.targets is not None:
+            return self.targets.lookup(batch["input_ids"], labels_BL)
         with torch.no_grad(), self.accelerator.autocast():
-            return self.teacher.base_model(**batch, use_cache=False)[0].to(self.args.device), self.teacher_head
+            return self.teacher.base_model(**batch, use_cache=False)[0].to(
+                self.args.device
+            ), self.teacher_head
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of a batch, its share of the step."
-        batch, labels_BL = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}, inputs["labels"]
+        batch, labels_BL = (
+            {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs},
+            inputs["labels"],
+        )
         bare, targets = self.accelerator.unwrap_model(model), self.teacher_says(batch, labels_BL)
         items = None if num_items_in_batch is None else num_items_in_batch.clamp_min(1)
 
-        def loss(hidden_BLd): return distillation_loss(hidden_BLd, output_head(bare), labels_BL, targets, temperature=self.temperature, alpha=self.alpha, num_items=items)
-        with replaced_output(bare, loss): total, kl, ce = model(**batch, use_cache=False, logits_to_keep=1)
-        if model.training: self._sums += torch.stack([kl, ce, (labels_BL[:, 1:] != -100).sum(), kl.new_tensor(1 / self.current_gradient_accumulation_steps / self.accelerator.num_processes)])
+        def loss(hidden_BLd):
+            return distillation_loss(
+                hidden_BLd,
+                output_head(bare),
+                labels_BL,
+                targets,
+                temperature=self.temperature,
+                alpha=self.alpha,
+                num_items=items,
+            )
+
+        with replaced_output(bare, loss):
+            total, kl, ce = model(**batch, use_cache=False, logits_to_keep=1)
+        if model.training:
+            self._sums += torch.stack(
+                [
+                    kl,
+                    ce,
+                    (labels_BL[:, 1:] != -100).sum(),
+                    kl.new_tensor(
+                        1
+                        / self.current_gradient_accumulation_steps
+                        / self.accelerator.num_processes
+                    ),
+                ]
+            )
         total = total * self.accelerator.num_processes
         return (total, {}) if return_outputs else total
 
@@ -121,31 +211,62 @@ class DistillationTrainer(CompleteTrainer):
         "Add the divergence, the cross-entropy (nats per token) and the speed since the last time."
         if "loss" in logs:
             kl, ce, tokens, steps = self.accelerator.reduce(self._sums, "sum").tolist()
-            logs = {**logs, "kl": kl / steps, "ce": ce / steps, "tokens_per_second": tokens / (time.time() - self._since)}
+            logs = {
+                **logs,
+                "kl": kl / steps,
+                "ce": ce / steps,
+                "tokens_per_second": tokens / (time.time() - self._since),
+            }
             self._sums, self._since = torch.zeros_like(self._sums), time.time()
         super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
         "One group of parameters per factor of the learning rate and kind of weight decay."
         model, groups = model or self.model, {}
-        if self.optimizer is not None: return self.optimizer
+        if self.optimizer is not None:
+            return self.optimizer
         decayed = set(self.get_decay_parameter_names(model))
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad: groups.setdefault((self.factors[name], name in decayed), []).append(parameter)
+            if parameter.requires_grad:
+                groups.setdefault((self.factors[name], name in decayed), []).append(parameter)
         optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer([dict(params=parameters, lr=self.args.learning_rate * factor, weight_decay=self.args.weight_decay * decay)
-                                    for (factor, decay), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)], **options)
+        self.optimizer = optimizer(
+            [
+                dict(
+                    params=parameters,
+                    lr=self.args.learning_rate * factor,
+                    weight_decay=self.args.weight_decay * decay,
+                )
+                for (factor, decay), parameters in sorted(
+                    groups.items(), key=lambda item: item[0], reverse=True
+                )
+            ],
+            **options,
+        )
         return self.optimizer
 
 # %% ../nbs/43_trainer.ipynb #78db1b6c
 def check_mixture(temperature: float, alpha: float) -> None:
     "Raise `ValueError` unless `alpha` is a weight and `temperature` is positive."
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha, the weight of the divergence, must lie between 0 and 1; got {alpha}")
-    if not temperature > 0: raise ValueError(f"temperature must be above 0; got {temperature}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(
+            f"alpha, the weight of the divergence, must lie between 0 and 1; got {alpha}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0; got {temperature}")
 
 
 def check_setup(trainer: Trainer) -> None:
     "Raise `ValueError` for settings of the Trainer under which the loss would be wrong."
-    if trainer.args.n_gpu > 1: raise ValueError(f"one process sees {trainer.args.n_gpu} GPUs: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES")
-    if trainer.is_deepspeed_enabled: raise ValueError("DeepSpeed is not supported: use FSDP2, with an accelerate configuration as in nbs/experiments/accelerate_fsdp2.yaml")
-    if trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices: raise ValueError("average_tokens_across_devices must stay on: the loss is divided by the tokens of all processes")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {trainer.args.n_gpu} GPUs: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed is not supported: use FSDP2, with an accelerate configuration as in nbs/experiments/accelerate_fsdp2.yaml"
+        )
+    if trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices must stay on: the loss is divided by the tokens of all processes"
+        )

@@ -29,20 +29,37 @@ from .plots import plot_evaluations
 class Watcher:
     "An evaluator in the background, and what it has found."
 
-    def __init__(self, process: subprocess.Popen, output: BinaryIO, run: str | Path, config: EvaluationConfig):
-        self.process, self.output, self.config, self.folder, self._live = process, output, config, EvaluationFolder(run, config), None
+    def __init__(
+        self, process: subprocess.Popen, output: BinaryIO, run: str | Path, config: EvaluationConfig
+    ):
+        self.process, self.output, self.config, self.folder, self._live = (
+            process,
+            output,
+            config,
+            EvaluationFolder(run, config),
+            None,
+        )
 
-    def results(self) -> pd.DataFrame: return results_table(self.folder.rows())
+    def results(self) -> pd.DataFrame:
+        return results_table(self.folder.rows())
 
     def plot(self, metric: str | None = None) -> Figure:
         "The metric (default: the one that decides) against the step."
-        return plot_evaluations(self.folder.rows(), metric or self.config.metric, title=f"{self.folder.run.name}, while training" if self.running() else self.folder.run.name)
+        return plot_evaluations(
+            self.folder.rows(),
+            metric or self.config.metric,
+            title=f"{self.folder.run.name}, while training"
+            if self.running()
+            else self.folder.run.name,
+        )
 
-    def failures(self) -> dict[str, str]: return self.folder.failures()
+    def failures(self) -> dict[str, str]:
+        return self.folder.failures()
 
-    def running(self) -> bool: return self.process.poll() is None
+    def running(self) -> bool:
+        return self.process.poll() is None
 
-    def live(self, metric: str | None = None, interval: float = 2.) -> None:
+    def live(self, metric: str | None = None, interval: float = 2.0) -> None:
         "Show a figure, and draw it anew with every result until the evaluator ends."
         from IPython.display import display  # only a notebook has it for sure
 
@@ -52,40 +69,68 @@ class Watcher:
             drawn = 0
             while True:
                 running, found = self.running(), len(self.folder.rows())
-                if found and (found != drawn or not running): shown.update(self.plot(metric))
-                if not running: return
+                if found and (found != drawn or not running):
+                    shown.update(self.plot(metric))
+                if not running:
+                    return
                 drawn = found
                 time.sleep(interval)
+
         self._live = threading.Thread(target=follow, daemon=True)
         self._live.start()
 
     def wait(self, timeout: float | None = None) -> pd.DataFrame:
         "Wait until the evaluator has ended; its results, or `RuntimeError` with what it said last."
         code = self.process.wait(timeout)
-        if self._live is not None: self._live.join()
-        if code: raise RuntimeError(f"the evaluator ended with code {code}:\n{self.log()}")
+        if self._live is not None:
+            self._live.join()
+        if code:
+            raise RuntimeError(f"the evaluator ended with code {code}:\n{self.log()}")
         return self.results()
 
     def log(self, lines: int = 20) -> str:
         "The last lines that the evaluator wrote."
-        written = os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0)  # leaves the evaluator's place in the file alone
+        written = os.pread(
+            self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0
+        )  # leaves the evaluator's place in the file alone
         return "\n".join(written.decode(errors="replace").strip().splitlines()[-lines:])
 
     def stop(self) -> None:
         "End the evaluator now; the next one goes on from here."
         self.process.terminate()
-        try: self.process.wait(20)
-        except subprocess.TimeoutExpired: end_group(self.process)
-        if self._live is not None: self._live.join()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            end_group(self.process)
+        if self._live is not None:
+            self._live.join()
 
 # %% ../nbs/61_watch.ipynb #fc034368
-def watch_in_background(run: str | Path,  # Directory of the training, now or soon
-                        config: EvaluationConfig | None = None,  # Or its fields:
-                        **options) -> Watcher:
+def watch_in_background(
+    run: str | Path,  # Directory of the training, now or soon
+    config: EvaluationConfig | None = None,  # Or its fields:
+    **options,
+) -> Watcher:
     "Start an evaluator for the checkpoints of `run`, in a process that ends with this one."
     config = config or EvaluationConfig(**options)
-    command = [sys.executable, "-m", "moe_nb.async_eval", str(run), json.dumps(asdict(config)), str(os.getpid())]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_nb.async_eval",
+        str(run),
+        json.dumps(asdict(config)),
+        str(os.getpid()),
+    ]
     output = tempfile.TemporaryFile()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=worker_environment(config, dict(os.environ)), process_group=0)
-    os.setpriority(os.PRIO_PROCESS, process.pid, max(os.getpriority(os.PRIO_PROCESS, 0), config.nice))
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env=worker_environment(config, dict(os.environ)),
+        process_group=0,
+    )
+    os.setpriority(
+        os.PRIO_PROCESS, process.pid, max(os.getpriority(os.PRIO_PROCESS, 0), config.nice)
+    )
     return Watcher(process, output, run, config)

@@ -210,7 +210,7 @@ def kill(process, run):
 
 
 def rows(run):
-    return read_results(EvaluationFolder(run, config()).results)
+    return read_lines(EvaluationFolder(run, config()).results)
 
 
 def work(run, pattern):
