@@ -448,6 +448,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'moe_nb.layer.compressed_layer': ('layer.html#compressed_layer', 'moe_nb/layer.py'),
                               'moe_nb.layer.fit_layer': ('layer.html#fit_layer', 'moe_nb/layer.py'),
                               'moe_nb.layer.fit_uniform': ('layer.html#fit_uniform', 'moe_nb/layer.py'),
+                              'moe_nb.layer.floor_of': ('layer.html#floor_of', 'moe_nb/layer.py'),
                               'moe_nb.layer.group_sizes': ('layer.html#group_sizes', 'moe_nb/layer.py'),
                               'moe_nb.layer.projection_groups': ('layer.html#projection_groups', 'moe_nb/layer.py'),
                               'moe_nb.layer.rank_for': ('layer.html#rank_for', 'moe_nb/layer.py'),
