@@ -289,9 +289,7 @@ class Routing(NamedTuple):
     expert_P: torch.Tensor
     weight_P1: torch.Tensor
     chosen_n: torch.Tensor  # Experts whose factors are laid out: all of them, or that of each pair
-    ends_E: (
-        torch.Tensor | None
-    )  # End of the pairs of each expert; None: each pair has factors of its own
+    ends_E: torch.Tensor | None  # Where the pairs of each expert end; None: not sorted
     inverse_P: torch.Tensor  # Where each pair went
 
     def times(self, value_Pn: torch.Tensor, factor_znm: torch.Tensor) -> torch.Tensor:

@@ -86,9 +86,8 @@ def rows_of(
     "Rows of `factor_Rn` of each wanted expert, as views."
     if chosen is None:
         return list(factor_Rn.split(ranks))
-    if (
-        torch.is_grad_enabled()
-    ):  # the gradient of one split is one tensor, that of each slice a whole one
+    if torch.is_grad_enabled():
+        # The gradient of one split is one tensor, that of each slice would be a whole one
         every = factor_Rn.split(ranks)
         return [every[e] for e in chosen]
     ends = list(accumulate(ranks))
@@ -206,7 +205,7 @@ class ExpertWeight(NamedTuple):
         return x_pd @ self.weight_fd.T
 
     def outer(self, h_pf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "What a core of zeros may be given `[p, f]`, and `X_e^T h` `[p, d]`."
+        "`h` itself, for a core that gives zeros, and `X_e^T h` `[p, d]`."
         return h_pf, h_pf @ self.weight_fd
 
 # %% ../nbs/11_shared_core.ipynb #873a0808
@@ -440,21 +439,20 @@ class SharedCoreExperts(nn.Module):
         x_Td, index_TK, weight_TK = routing(self.template, *arguments)
         pairs = active_pairs(index_TK, self.num_experts)
         token_P, slot_P = pairs.token_P, pairs.slot_P
-        inner_bias, down_bias = self.pair_biases(index_TK[token_P, slot_P])
+        inner_bias, down_bias = self.pair_biases(index_TK, pairs)
 
         # From the model width to the expert width: h = act(gate) * up
         x_Pd = x_Td[token_P]
         inner = [module for module in (self.gate, self.up) if module is not None]
-        inner_Pf = [inner_pairs(module, self.gate, x_Td, x_Pd, pairs) for module in inner]
-        h_Pf = gated(self.template, inner_Pf, inner_bias)
+        outputs = (inner_pairs(module, self.gate, x_Td, x_Pd, pairs) for module in inner)
+        h_Pf = gated(self.template, list(outputs), inner_bias)
 
         # And back: y, and h that still has to go through the core of down
         h_Pf, y_Pd = outer_pairs(self.down, h_Pf, pairs)
         if down_bias is not None:
             y_Pd = y_Pd + down_bias
-        if (
-            self.layout.has_post_expert_norm
-        ):  # of the whole output of each expert: the core can not wait
+        if self.layout.has_post_expert_norm:
+            # It sees the whole output of each expert, so the core can not wait for the sum
             y_Pd = self.post_expert_norm(self.down.to_wide(h_Pf) + y_Pd)
             h_Pf = torch.zeros_like(h_Pf)
 
@@ -476,10 +474,13 @@ class SharedCoreExperts(nn.Module):
                 "the experts have no weights here: a model that is partly offloaded is loaded by load_compressed_model"
             )
 
-    def pair_biases(self, expert_P: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def pair_biases(
+        self, top_k_index: torch.Tensor, pairs: Pairs
+    ) -> tuple[torch.Tensor | None, ...]:
         "Biases of both layers for every pair; None twice where the experts have none."
         if not self.layout.has_bias:
             return None, None
+        expert_P = top_k_index[pairs.token_P, pairs.slot_P]
         return tuple(getattr(self, name)[expert_P] for name in self.layout.biases)
 
     @torch.no_grad()
