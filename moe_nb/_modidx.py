@@ -3,6 +3,7 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url': '', 'lib_path': 'moe_nb'},
   'syms': { 'moe_nb.align': { 'moe_nb.align.align_experts': ('align.html#align_experts', 'moe_nb/align.py'),
                               'moe_nb.align.align_neurons': ('align.html#align_neurons', 'moe_nb/align.py'),
+                              'moe_nb.align.explained_by_mean': ('align.html#explained_by_mean', 'moe_nb/align.py'),
                               'moe_nb.align.is_odd_in_up': ('align.html#is_odd_in_up', 'moe_nb/align.py'),
                               'moe_nb.align.match': ('align.html#match', 'moe_nb/align.py'),
                               'moe_nb.align.neurons_of': ('align.html#neurons_of', 'moe_nb/align.py')},
