@@ -115,10 +115,11 @@ class Group:
 def make_group(
     X_BEfd: torch.Tensor,  # Weights of B projections that share V, down transposed
     moments: Moments | None = None,  # None: every error of the weights counts the same
-    down_Efd: torch.Tensor
-    | None = None,  # Down weights, transposed: for gate and up, or one of them
+    down_Efd: torch.Tensor | None = None,  # Down weights, transposed: for gate and up
 ) -> Group:
-    "The group of these projections, not yet fitted, in the metric of `moments`; without `down_Efd` it is that of down."
+    """The group of these projections in the metric of `moments`, not yet fitted.
+
+    It is that of gate and up, or one of them, where `down_Efd` is given, and that of down where it is not."""
     B, E, f, d = X_BEfd.shape
     X_Emd = X_BEfd.transpose(0, 1).reshape(E, B * f, d)
     if moments is None:
