@@ -45,7 +45,7 @@ from .layer import CompressionConfig
 from .refine import LayerRecord
 from .text import batches
 
-# %% ../nbs/34_layerwise.ipynb #ba30be35
+# %% ../nbs/34_layerwise.ipynb #5002c15b
 @dataclass(frozen=True)
 class GroupFiles:
     "The files of one group of projections, whose factors are fitted together."
@@ -66,7 +66,7 @@ class GroupFiles:
         "What a round of the fit leaves: the core and the directions."
         return self.folder / f"state-{round}.safetensors"
 
-# %% ../nbs/34_layerwise.ipynb #49d75754
+# %% ../nbs/34_layerwise.ipynb #9a2fb876
 @dataclass(frozen=True)
 class CalibrationFiles:
     "The files of a calibration and of the fit that it weighs. Layers are counted from 0, batches too."
@@ -208,7 +208,7 @@ def experts_of(layer: nn.Module) -> nn.Module | None:
         )
     return next(iter(found.values()), None)
 
-# %% ../nbs/34_layerwise.ipynb #e1a32a3d
+# %% ../nbs/34_layerwise.ipynb #9495c05e
 @dataclass(frozen=True, kw_only=True)
 class Passage:
     "The calibration text on its way through the layers, batch by batch."
@@ -235,7 +235,7 @@ class Passage:
             counts[half] += ids_BL.numel()
         return counts
 
-# %% ../nbs/34_layerwise.ipynb #97949e28
+# %% ../nbs/34_layerwise.ipynb #1320ed3d
 def begin_passage(
     model: nn.Module,  # Its layers may be empty
     calibration: list[torch.Tensor],  # 1-D token-id tensors
@@ -255,7 +255,7 @@ def begin_passage(
             passage.calls.append(calls)
     return passage
 
-# %% ../nbs/34_layerwise.ipynb #1e03fb9d
+# %% ../nbs/34_layerwise.ipynb #6643445c
 def join_halves(
     index: int,  # Of the layer, for the message
     halves: list[Moments],  # One or two
@@ -267,7 +267,7 @@ def join_halves(
         return halves[0]
     return replace(halves[0] + halves[1], prior_tokens=likeliest_prior(*halves))
 
-# %% ../nbs/34_layerwise.ipynb #02204ed3
+# %% ../nbs/34_layerwise.ipynb #cf4bbc64
 def write_moments(path: Path, moments: Moments) -> None:
     "Write the tensors of `moments`; its two numbers go into the journal."
     names = [field.name for field in fields(moments) if field.type is torch.Tensor]
@@ -279,7 +279,7 @@ def write_record(path: Path, calls: list[list[torch.Tensor]]) -> None:
     joined = map(torch.cat, zip(*calls))
     write_tensors(path, dict(zip(LayerRecord._fields, joined)))
 
-# %% ../nbs/34_layerwise.ipynb #35dc282c
+# %% ../nbs/34_layerwise.ipynb #93e5dc9a
 def send_batch(
     passage: Passage,
     index: int,  # Of the layer, which has its weights
@@ -355,7 +355,7 @@ def backward_layer(
         put_value(files.gradient(index, batch), hidden_BLd.grad)
     return squares
 
-# %% ../nbs/34_layerwise.ipynb #2eb5b6d3
+# %% ../nbs/34_layerwise.ipynb #f79e6c90
 def kept(
     work: Path,  # Holds the journal
     piece: str,
@@ -366,10 +366,9 @@ def kept(
         finish_piece(work, piece, [], {"value": action()})
     return finished_piece(work, piece)["value"]
 
-# %% ../nbs/34_layerwise.ipynb #e118c0b6
-Loaded = Callable[
-    [str], AbstractContextManager
-]  # Layer name -> context in which it has its weights
+# %% ../nbs/34_layerwise.ipynb #fa190143
+# Layer name -> context in which the layer has its weights
+Loaded = Callable[[str], AbstractContextManager]
 
 
 def forward_pass(
@@ -469,7 +468,7 @@ def read_record(
     "What the experts of a layer were called with, and what they put out."
     return LayerRecord(**read_tensors(files.record(index), device))
 
-# %% ../nbs/34_layerwise.ipynb #b693756e
+# %% ../nbs/34_layerwise.ipynb #5211074c
 METRIC_TENSORS = ("X_Emd", "A_Emm", "B_Edd")  # The weights of a group and their metric: only read
 FITTED_TENSORS = ("core_md", "left_Ekm", "right_Ekd", "squares_Ek")  # What a round changes
 
@@ -478,7 +477,7 @@ def write_metric(files: GroupFiles, group: Group) -> None:
     "Write what the fit of `group` only reads."
     replace_tensors(files.fixed, {name: getattr(group, name) for name in METRIC_TENSORS})
 
-# %% ../nbs/34_layerwise.ipynb #558641ca
+# %% ../nbs/34_layerwise.ipynb #ff8cadf9
 def empty_group(group: Group) -> None:
     "Give back the memory of all tensors of `group`; their shapes stay."
     for name in (*METRIC_TENSORS, *FITTED_TENSORS):
@@ -504,7 +503,7 @@ def group_in_memory(
     before.unlink(missing_ok=True)
     empty_group(group)
 
-# %% ../nbs/34_layerwise.ipynb #db81f67b
+# %% ../nbs/34_layerwise.ipynb #692b4be1
 def read_group(
     files: GroupFiles,
     blocks: int,  # Projections in it, B
@@ -512,13 +511,10 @@ def read_group(
     device: str | torch.device,  # Where to put it
 ) -> Group:
     "A group as `round` left it, but for its ranks."
-    return Group(
-        **read_tensors(files.fixed, device),
-        **read_tensors(files.state(round), device),
-        blocks=blocks,
-    )
+    tensors = read_tensors(files.fixed, device) | read_tensors(files.state(round), device)
+    return Group(**tensors, blocks=blocks)
 
-# %% ../nbs/34_layerwise.ipynb #123f49ca
+# %% ../nbs/34_layerwise.ipynb #05d6c1e6
 def fit_my_groups(
     groups: dict[GroupFiles, Group],
     mine: list[GroupFiles],  # Those that this process fits
@@ -543,7 +539,7 @@ def read_squares(
         with safe_open(files.state(round), framework="pt") as file:
             group.squares_Ek = file.get_tensor("squares_Ek").to(device)
 
-# %% ../nbs/34_layerwise.ipynb #08ed8b13
+# %% ../nbs/34_layerwise.ipynb #2277409b
 def fit_groups(
     work: Path,  # Holds the journal
     groups: dict[GroupFiles, Group],  # Of all layers, on the meta device, each with its sensitivity
