@@ -210,6 +210,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'moe_nb.distill_loss.full': ('distill_loss.html#full', 'moe_nb/distill_loss.py'),
                                      'moe_nb.distill_loss.logits': ('distill_loss.html#logits', 'moe_nb/distill_loss.py'),
                                      'moe_nb.distill_loss.output_head': ('distill_loss.html#output_head', 'moe_nb/distill_loss.py'),
+                                     'moe_nb.distill_loss.predicted_targets': ( 'distill_loss.html#predicted_targets',
+                                                                                'moe_nb/distill_loss.py'),
                                      'moe_nb.distill_loss.product': ('distill_loss.html#product', 'moe_nb/distill_loss.py'),
                                      'moe_nb.distill_loss.rows': ('distill_loss.html#rows', 'moe_nb/distill_loss.py')},
             'moe_nb.eval_queue': { 'moe_nb.eval_queue.Candidate': ('eval_queue.html#candidate', 'moe_nb/eval_queue.py'),
