@@ -198,14 +198,14 @@ def run_job(folder: Path) -> None:
     begun = time.monotonic()
     order = read_json(folder / ORDER)
     config = EvaluationConfig(**order["config"])
-    records_files = task_files(folder, config.tasks)
-    left = [task for task, file in records_files.items() if not file.is_file()]
+    file_of = task_files(folder, config.tasks)
+    left = [task for task, file in file_of.items() if not file.is_file()]
     if left:
         scorer = find_scorer(config.scorer)
         for task, records in scorer(model_to_score(order, folder), left, config):
-            write_json(records_files[task], records)
+            write_json(file_of[task], records)
     scored = {}
-    for file in records_files.values():
+    for file in file_of.values():
         scored |= read_json(file)
     result = {
         "key": order["key"],
@@ -338,8 +338,8 @@ def read_result(
     result = read_json(folder / RESULT)
     if result["key"] != key:
         raise WorkerError(f"the result is that of {result['key']}; expected {key}")
-    records_files = task_files(folder, config.tasks)
-    missing = [task for task, file in records_files.items() if not file.is_file()]
+    file_of = task_files(folder, config.tasks)
+    missing = [task for task, file in file_of.items() if not file.is_file()]
     if missing or not result["tasks"]:
         raise WorkerError(f"no result for {', '.join(missing) or 'any task'}")
     for task, record in result["tasks"].items():

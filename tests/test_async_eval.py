@@ -378,7 +378,7 @@ def test_trainer_killed_during_publish(run, reference, unharmed, record_property
     assert trainer.exitcode == -signal.SIGKILL
     half_published = [*queue.glob(".tmp-6-*/*"), *queue.glob(".tmp-6-*/*/*")]
     assert len(half_published) >= 5
-    until(lambda: len(rows(run)) == 2)
+    until(lambda: len(rows(run)) == 2, 300)
     time.sleep(1)
     assert len(rows(run)) == 2 and evaluator.is_alive()  # what is half published is not looked at
 
