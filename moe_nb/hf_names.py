@@ -10,7 +10,7 @@ __all__ = ['model_class', 'bare_model', 'saving_conversions', 'split_conversions
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import PrefixedDataset
+from accelerate.utils import PrefixedDataset, broadcast_object_list
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
