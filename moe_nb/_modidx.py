@@ -736,6 +736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'moe_nb.tiny.load_tiny': ('tiny.html#load_tiny', 'moe_nb/tiny.py'),
                              'moe_nb.tiny.next_word_items': ('tiny.html#next_word_items', 'moe_nb/tiny.py'),
                              'moe_nb.tiny.next_word_places': ('tiny.html#next_word_places', 'moe_nb/tiny.py'),
+                             'moe_nb.tiny.opening_line': ('tiny.html#opening_line', 'moe_nb/tiny.py'),
                              'moe_nb.tiny.similar_words': ('tiny.html#similar_words', 'moe_nb/tiny.py'),
                              'moe_nb.tiny.split_of': ('tiny.html#split_of', 'moe_nb/tiny.py'),
                              'moe_nb.tiny.tiny_path': ('tiny.html#tiny_path', 'moe_nb/tiny.py'),

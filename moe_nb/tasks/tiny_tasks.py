@@ -1,8 +1,7 @@
 "Documents of the local tasks: lm-eval calls these functions from the yaml files beside them."
 from datasets import Dataset
 
-from moe_nb.evaluate import next_word_items
-from moe_nb.tiny import tiny_text
+from moe_nb.tiny import next_word_items, tiny_text
 
 
 def next_word(**_) -> dict[str, Dataset]:
