@@ -21,32 +21,40 @@ def from_root(match):
     return match[1] + posixpath.normpath(posixpath.join("nbs", match[2]))
 
 
+def rewrite_links(cell):
+    "Make the links of a cell, and of the markdown that it shows, relative to the root"
+    if cell.cell_type == "markdown":
+        cell.source = LINK.sub(from_root, cell.source)
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        if "text/markdown" in data:
+            data["text/markdown"] = LINK.sub(from_root, "".join(data["text/markdown"]))
+
+
+def show_code(cell):
+    "Take the directives out of a cell of code, and all of it where it says `#| echo: false`"
+    lines = cell.source.splitlines()
+    if "#| echo: false" in lines:
+        cell.metadata["transient"] = {"remove_source": True}
+    code = [line for line in lines if not line.lstrip().startswith("#|")]
+    cell.source = "\n".join(code).strip()
+
+
 def render(root=ROOT):
     "Return the text of README.md and its images, a dict from path to bytes"
-    nb = NBProcessor(
-        Path(root) / NOTEBOOK, [hide_, hide_line, rm_export, strip_ansi], process=True
-    ).nb
-    nb = nbformat.reads(nb2str(nb), as_version=4)
+    steps = [hide_, hide_line, rm_export, strip_ansi]
+    processed = NBProcessor(Path(root) / NOTEBOOK, steps, process=True).nb
+    nb = nbformat.reads(nb2str(processed), as_version=4)
     for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            cell.source = LINK.sub(from_root, cell.source)
-        elif cell.cell_type == "code":
-            lines = cell.source.splitlines()
-            if "#| echo: false" in lines:
-                cell.metadata["transient"] = {"remove_source": True}
-            cell.source = "\n".join(
-                line for line in lines if not line.lstrip().startswith("#|")
-            ).strip()
-            for output in cell.outputs:
-                if "text/markdown" in output.get("data", {}):
-                    output["data"]["text/markdown"] = LINK.sub(
-                        from_root, "".join(output["data"]["text/markdown"])
-                    )
+        rewrite_links(cell)
+        if cell.cell_type == "code":
+            show_code(cell)
     nb.metadata["language_info"] = {"name": "python"}
     text, resources = MarkdownExporter().from_notebook_node(
         nb, resources={"unique_key": "index", "output_files_dir": IMAGES}
     )
-    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M))
+    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
+    text = re.sub(r"\n{3,}", "\n\n", text)
     return text.strip() + "\n", dict(resources["outputs"])
 
 

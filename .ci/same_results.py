@@ -147,6 +147,7 @@ def baseline_models():
 def families(folder):
     "Layouts of experts that the embedded model does not have"
     import torch
+
     from families import tiny_model
     from moe_nb import CompressionConfig, compress_model, export_to_hf_format, save_compressed_model
 

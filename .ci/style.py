@@ -110,9 +110,10 @@ def over_limits(label, source):
     for node in nested_comprehensions(tree):
         yield f"{label}, line {node.lineno}: a comprehension within a comprehension: name the inner one"
     if is_exported(source):
-        methods = {
-            f for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for f in functions(node)
-        }
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        methods = set()
+        for node in classes:
+            methods.update(functions(node))
         for function in functions(tree):
             inner = function not in methods and function not in tree.body
             missing = [] if inner else undocumented(function, lines)
@@ -139,13 +140,14 @@ def measures(sources):
             function.end_lineno - function.lineno + 1 for function in functions(tree)
         ]
         nested += len(nested_comprehensions(tree))
+    longer = []
+    for limit in (100, 120, 140):
+        share = sum(length > limit for length in lengths) / len(lengths)
+        longer.append(f"{share:.1%}")
     return {
         "lines of code": len(lengths),
         "line length, median / p90 / max": quantiles(lengths),
-        "lines over 100, 120, 140": " / ".join(
-            f"{sum(length > limit for length in lengths) / len(lengths):.1%}"
-            for limit in (100, 120, 140)
-        ),
+        "lines over 100, 120, 140": " / ".join(longer),
         "syntax nodes per line, median / p90 / max": quantiles(nodes),
         "nested comprehensions per 1000 lines": f"{1000 * nested / len(lengths):.1f}",
         "function lines, median / p90 / max": quantiles(function_lines),

@@ -19,9 +19,8 @@ import websocket  # comes with jupyter_server
 from test_repository import NOTEBOOKS, ROOT, name, script
 
 skipped = script("refresh").skipped
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+CHROMIUM = next(filter(None, BROWSERS), None)
 
 
 def wait_for(condition, seconds, what):
@@ -36,10 +35,9 @@ def wait_for(condition, seconds, what):
 @contextlib.contextmanager
 def started(command, folder, name, **environment):
     "A process that is stopped at the end; its output in a file of `folder`"
+    environment = {**os.environ, **environment}
     with open(folder / f"{name}.log", "wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, **environment}
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             yield process
         finally:
@@ -52,31 +50,26 @@ def lab(root, folder):
     "JupyterLab on a free port, without a browser; yields a function that gives the address of a path"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port, token = free.getsockname()[1], uuid.uuid4().hex
+        port = free.getsockname()[1]
+    token = uuid.uuid4().hex
     command = [
-        sys.executable,
-        "-m",
-        "jupyter",
-        "lab",
-        "--no-browser",
-        "--allow-root",
+        *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"),
         f"--ServerApp.root_dir={root}",
         f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0",
         f"--IdentityProvider.token={token}",
     ]
 
-    def address(path):
-        return f"http://127.0.0.1:{port}{path}?token={token}"
-
-    with started(
-        command,
-        folder,
-        "lab",
+    environment = dict(
         PYTHONPATH=str(ROOT),
         JUPYTER_CONFIG_DIR=str(folder / "config"),
         PYTHONWARNINGS="ignore:IProgress not found",
-    ) as process:
+    )
+
+    def address(path):
+        return f"http://127.0.0.1:{port}{path}?token={token}"
+
+    with started(command, folder, "lab", **environment) as process:
 
         def answers():
             assert process.poll() is None, (folder / "lab.log").read_text()
@@ -105,17 +98,17 @@ def page(address, folder):
         port_file = folder / "profile/DevToolsActivePort"
         wait_for(lambda: port_file.exists() and port_file.read_text(), 60, "Chromium")
         port = port_file.read_text().split()[0]
-        pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
+        targets = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
+        tab = next(target for target in targets if target["type"] == "page")
         channel = websocket.create_connection(
-            next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page"),
-            suppress_origin=True,
-            timeout=60,
+            tab["webSocketDebuggerUrl"], suppress_origin=True, timeout=60
         )
 
         def send(method, **params):
             channel.send(json.dumps(dict(id=1, method=method, params=params)))
-            while (reply := json.loads(channel.recv())).get("id") != 1:
-                pass
+            reply = json.loads(channel.recv())
+            while reply.get("id") != 1:  # an event
+                reply = json.loads(channel.recv())
             assert "error" not in reply, reply
             return reply["result"]
 
@@ -130,56 +123,94 @@ def value_of(send, expression):
     return result["result"].get("value")
 
 
+MIDDLE = """(element => {
+    if (!element) return null;
+    const box = element.getBoundingClientRect();
+    return box.width && [box.x + box.width / 2, box.y + box.height / 2];
+})(document.querySelector(SELECTOR))"""
+
+
 def click(send, selector, seconds=60):
     "Press and release the mouse on an element, once it is there"
-    box = f"(e => e && (b => b.width && [b.x + b.width / 2, b.y + b.height / 2])(e.getBoundingClientRect()))(document.querySelector({json.dumps(selector)}))"
-    x, y = wait_for(lambda: value_of(send, box), seconds, selector)
-    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-        send(
-            "Input.dispatchMouseEvent",
-            type=kind,
-            x=x,
-            y=y,
-            button="none" if kind == "mouseMoved" else "left",
-            clickCount=1,
-        )
+    middle = MIDDLE.replace("SELECTOR", json.dumps(selector))
+    x, y = wait_for(lambda: value_of(send, middle), seconds, selector)
+    mouse = dict(x=x, y=y, clickCount=1)
+    send("Input.dispatchMouseEvent", type="mouseMoved", button="none", **mouse)
+    send("Input.dispatchMouseEvent", type="mousePressed", button="left", **mouse)
+    send("Input.dispatchMouseEvent", type="mouseReleased", button="left", **mouse)
+
+
+MENUS = ("File", "Edit", "View", "Run")
 
 
 def choose(send, menu, command):
     "An item of the menu bar"
-    click(
-        send,
-        f"#jp-MainMenu .lm-MenuBar-item:nth-child({('File', 'Edit', 'View', 'Run').index(menu) + 1})",
-    )
+    place = MENUS.index(menu) + 1
+    click(send, f"#jp-MainMenu .lm-MenuBar-item:nth-child({place})")
     click(send, f".lm-Menu-item[data-command='{command}']")
+
+
+def code_cells(notebook):
+    "Its cells of code that are not empty"
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return [cell for cell in cells if "".join(cell["source"]).strip()]
 
 
 def without_flagged(path, copy):
     "The notebook without its outputs and the cells that need hours, a GPU or a terminal"
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [
-        cell
-        for cell in notebook.cells
-        if cell.cell_type != "code" or not skipped(cell, {"slow", "cuda"})
-    ]
+    kept = []
+    for cell in notebook.cells:
+        if cell.cell_type != "code" or not skipped(cell, {"slow", "cuda"}):
+            kept.append(cell)
+    notebook.cells = kept
     for cell in code_cells(notebook):
         cell.update(outputs=[], execution_count=None)
     nbformat.write(notebook, copy)
 
 
-def code_cells(notebook):
-    return [
-        cell
-        for cell in notebook["cells"]
-        if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
-    ]
+def kernel_is_idle(sessions):
+    "Whether JupyterLab is connected to a kernel that waits"
+    for session in sessions:
+        kernel = session["kernel"]
+        if kernel["connections"] and kernel["execution_state"] == "idle":
+            return True
+    return False
+
+
+LAST = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1)?.innerText || ''"
+FAILED = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')?.innerText"
+
+
+def run_all(send, address):
+    "Run all cells from the menu, and wait for the last one"
+    sessions = address("/api/sessions")
+    wait_for(lambda: kernel_is_idle(json.load(urllib.request.urlopen(sessions))), 120, "the kernel")
+    choose(send, "Run", "runmenu:run-all")
+    wait_for(
+        lambda: re.match(r"\[\d+\]", value_of(send, LAST)) or value_of(send, FAILED),
+        900,
+        "the last cell",
+    )
+    assert not value_of(send, FAILED)
+
+
+def saved_cells(send, path):
+    "Save the notebook from the menu; its code cells as the file has them"
+    choose(send, "File", "docmanager:save")
+
+    def complete():
+        cells = code_cells(json.loads(path.read_text()))
+        return cells and cells[-1]["execution_count"] and cells
+
+    return wait_for(complete, 60, "the saved notebook")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH")
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
 def test_runs_in_jupyterlab(notebook, tmp_path):
-    "Opened by a browser and run whole from the menu: the last cell ends, none with an error, and the saved file has every output"
+    "Run whole from the menu: the last cell ends, none with an error, and the saved file has every output"
     root = tmp_path / "checkout"
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs"))
     path = root / name(notebook)
@@ -188,48 +219,18 @@ def test_runs_in_jupyterlab(notebook, tmp_path):
         lab(root, tmp_path) as address,
         page(address("/lab/tree/" + name(notebook)), tmp_path) as send,
     ):
-        wait_for(
-            lambda: any(
-                s["kernel"]["connections"] and s["kernel"]["execution_state"] == "idle"
-                for s in json.load(urllib.request.urlopen(address("/api/sessions")))
-            ),
-            120,
-            "the kernel",
-        )
-        choose(send, "Run", "runmenu:run-all")
-        last = (
-            "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1)?.innerText || ''"
-        )
-        failed = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')?.innerText"
-        wait_for(
-            lambda: re.match(r"\[\d+\]", value_of(send, last)) or value_of(send, failed),
-            900,
-            "the last cell",
-        )
-        assert not value_of(send, failed)
-        (tmp_path / "screenshot.png").write_bytes(
-            base64.b64decode(send("Page.captureScreenshot")["data"])
-        )
-        choose(send, "File", "docmanager:save")
-        cells = wait_for(
-            lambda: (
-                (cells := code_cells(json.loads(path.read_text())))
-                and cells[-1]["execution_count"]
-                and cells
-            ),
-            60,
-            "the saved notebook",
-        )
+        run_all(send, address)
+        screenshot = send("Page.captureScreenshot")["data"]
+        (tmp_path / "screenshot.png").write_bytes(base64.b64decode(screenshot))
+        cells = saved_cells(send, path)
     assert all(cell["execution_count"] for cell in cells)
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    assert not [
-        output
-        for output in outputs
-        if output["output_type"] == "stream" and "Warning" in "".join(output["text"])
-    ]
+    shown = []
+    for output in (output for cell in cells for output in cell["outputs"]):
+        assert output["output_type"] != "error"
+        if output["output_type"] == "stream":
+            assert "Warning" not in "".join(output["text"])
+        shown.append(output.get("data", {}))
     if notebook.stem == "quickstart":
-        shown = [output["data"] for output in outputs if "data" in output]
-        assert any("image/png" in data for data in shown) and any(
-            "held-out perplexity" in "".join(data["text/plain"]) for data in shown
-        )
+        texts = ["".join(data.get("text/plain", "")) for data in shown]
+        assert any("image/png" in data for data in shown)
+        assert any("held-out perplexity" in text for text in texts)
