@@ -1,22 +1,24 @@
 # Every target makes its own environment in .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 NB ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 \
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$(abspath $(BIN)):$$PATH"
+LIMIT = $(if $(shell command -v timeout),timeout $(1))  # macOS has no timeout
 
-.PHONY: help demo lab test test-slow docs refresh export clean-notebooks
+.PHONY: help demo lab check test test-slow test-oldest docs refresh export format clean-notebooks
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
-$(READY): settings.ini setup.py constraints.txt
+$(READY): settings.ini setup.py $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing moe_nb into $(VENV) (several minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --use-pep517 -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --use-pep517 -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 demo: $(READY) ## compress, export and evaluate a small model on a CPU, into runs/demo
@@ -25,17 +27,24 @@ demo: $(READY) ## compress, export and evaluate a small model on a CPU, into run
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/tutorials/quickstart.ipynb
 
+check: $(READY) ## the quick part of the tests: lint, what is written from what, doctests
+	@$(BIN)/ruff check nbs tests .ci && $(BIN)/ruff format --check nbs tests .ci
+	@$(OFFLINE) $(BIN)/python -m pytest -q tests/test_repository.py moe_nb --doctest-modules
+
 test: $(READY) ## run every notebook as a test, then pytest
 	@status=0; \
-	$(OFFLINE) timeout 1500 $(BIN)/nbdev_test --n_workers 2 --do_print || status=1; \
+	$(OFFLINE) $(call LIMIT,1500) $(BIN)/nbdev_test --n_workers 2 --do_print || status=1; \
 	$(OFFLINE) $(BIN)/python -m pytest -q tests moe_nb --doctest-modules || status=1; \
 	exit $$status
 
 test-slow: $(READY) ## the same with the cells and tests marked slow
 	@status=0; \
-	$(OFFLINE) timeout 7200 $(BIN)/nbdev_test --n_workers 2 --do_print --flags slow || status=1; \
+	$(OFFLINE) $(call LIMIT,7200) $(BIN)/nbdev_test --n_workers 2 --do_print --flags slow || status=1; \
 	$(OFFLINE) $(BIN)/python -m pytest -q tests moe_nb --doctest-modules -m "slow or not slow" || status=1; \
 	exit $$status
+
+test-oldest: ## the fast tests with the oldest versions that settings.ini declares, in an environment of their own
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
 
 docs: $(READY) ## render README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py
@@ -45,6 +54,9 @@ refresh: $(READY) ## run notebooks and store their outputs (NB=path for one)
 
 export: $(READY) ## clean the notebooks and write moe_nb/*.py from them
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+format: $(READY) ## format notebooks, tests and scripts
+	@$(BIN)/ruff check -q --fix nbs tests .ci; $(BIN)/ruff format nbs tests .ci
 
 clean-notebooks: $(READY) ## strip noise from the notebooks
 	@$(BIN)/nbdev_clean

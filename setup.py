@@ -9,6 +9,18 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+links = {"Source": cfg["git_url"], "Documentation": cfg["doc_host"]}  # none until there is an address
+minors = range(int(cfg["min_python"].split(".")[1]), 14)
+classifiers = [
+    "Development Status :: 3 - Alpha",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Framework :: Jupyter",
+    "Operating System :: MacOS",
+    "Operating System :: POSIX :: Linux",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    *(f"Programming Language :: Python :: 3.{minor}" for minor in minors),
+]
 
 setup(
     name=cfg["lib_name"],
@@ -19,6 +31,8 @@ setup(
     author=cfg["author"],
     license=cfg["license"],
     keywords=cfg["keywords"].split(),
+    classifiers=classifiers,
+    project_urls={name: address for name, address in links.items() if address},
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={"dev": shlex.split(cfg["dev_requirements"])},

@@ -27,7 +27,9 @@ _SUMS = ("inputs", "slopes", "hidden", "weight", "tokens")
 
 @dataclass
 class Moments:
-    "Second moments of one experts module, fp32, sums over tokens with squared routing weights; `sensitivity` is a mean over tokens and channels."
+    """Second moments of one experts module, fp32: sums over its tokens with squared routing weights.
+
+    `sensitivity` is a mean over tokens and channels."""
 
     inputs: torch.Tensor  # [E, d, d]
     slopes: torch.Tensor  # [E, 2f, 2f]; [E, f, f] without a gate
@@ -40,10 +42,13 @@ class Moments:
     @classmethod
     def zeros(cls, weights: ExpertWeights) -> "Moments":
         "Empty moments for the experts with these `weights`, on their device."
-        E, d, f, m = weights.E, weights.d, weights.f, weights.f * len(weights.inner)
+        E, d, f = weights.E, weights.d, weights.f
+        slopes = f * len(weights.inner)
+        shapes = dict(
+            inputs=(E, d, d), slopes=(E, slopes, slopes), hidden=(E, f, f), weight=(E,), tokens=(E,)
+        )
         device = weights["down_proj"].device
-        shapes = (E, d, d), (E, m, m), (E, f, f), (E,), (E,)
-        return cls(*(torch.zeros(shape, device=device) for shape in shapes))
+        return cls(**{name: torch.zeros(shape, device=device) for name, shape in shapes.items()})
 
     def __add__(self, other: "Moments") -> "Moments":
         "Moments of the tokens of both."
@@ -54,9 +59,9 @@ class Moments:
 
 # %% ../nbs/20_calibrate.ipynb #64c8e8d9
 def activation(
-    experts: nn.Module,
+    experts: nn.Module,  # For its activation
     inner_pf: list[torch.Tensor],  # Outputs of gate (if there is one) and up, for one expert
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,  # Of gate and up
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Hidden activations h `[p, f]`, and their slopes by the outputs of gate and up, `[p, 2f]`."
     with torch.enable_grad():
@@ -71,9 +76,9 @@ def add_moments(
     moments: Moments,  # Added to
     experts: nn.Module,
     weights: ExpertWeights,  # Of `experts`
-    hidden_states: torch.Tensor,  # What `experts` is called with
-    top_k_index: torch.Tensor | None = None,
-    top_k_weights: torch.Tensor | None = None,
+    hidden_states: torch.Tensor,  # The tokens of the call
+    top_k_index: torch.Tensor | None = None,  # Their experts, as `routing` takes them
+    top_k_weights: torch.Tensor | None = None,  # Their routing weights
 ) -> None:
     "Add the tokens of one call of `experts` to `moments`."
     biases_E = [None] * weights.E
@@ -99,7 +104,9 @@ def add_moments(
 
 # %% ../nbs/20_calibrate.ipynb #0ca8b31d
 def check_reached(name: str, moments: Moments) -> None:
-    "Raise `ValueError` when no token reached any expert of the module `name`: the experts for images, say, of a model that was given text."
+    """Raise `ValueError` when no token reached any expert of the module `name`.
+
+    So it is with the experts for images, say, of a model that was given text."""
     if not moments.weight.sum() > 0:
         raise ValueError(
             f"{name}: no calibration token reached any of its experts; calibrate with more or other tokens, "
@@ -121,7 +128,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    "`model` in evaluation mode, no parameter asking for a gradient; afterwards both are as they were, and no gradient is left."
+    "`model` in evaluation mode, no parameter asking for a gradient; afterwards as it was, without gradients."
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with evaluation_mode(model):
         model.requires_grad_(False)
@@ -157,12 +164,12 @@ def watched(
 
 
 def squared_gradient(grad: torch.Tensor) -> float:
-    "Square of the gradient of some tokens, summed over them, mean over the channels: their share of the Fisher information."
+    "Square of a gradient `[T, d]`, summed over tokens, mean over channels: their share of the Fisher information."
     return grad.float().square().mean().item() * len(grad)
 
 # %% ../nbs/20_calibrate.ipynb #40472bcc
 def collect_moments(model: nn.Module, calibration: Iterable[torch.Tensor]) -> dict[str, Moments]:
-    "Moments of every experts module, from one forward and one backward pass over `calibration`; `model` is left as it was."
+    "Moments of every experts module, from one pass forward and back over `calibration`; `model` stays as it was."
     modules = find_experts(model)
     weights = {name: read_experts(module) for name, module in modules.items()}
     moments = {name: Moments.zeros(weights[name]) for name in modules}
@@ -203,9 +210,11 @@ RIDGE = 1e-3  # Relative to the mean diagonal: keeps the moments of few tokens i
 def shrunk_mean(
     sums_Enn: torch.Tensor,  # One of the sums of `moments`
     moments: Moments,
-    ridge: float = RIDGE,
+    ridge: float = RIDGE,  # Added to the diagonal, relative to its mean
 ) -> torch.Tensor:
-    "Mean second moment per expert, shrunk to that of the layer by token count; positive definite, also for an expert never seen."
+    """Mean second moment of each expert, shrunk to that of the layer by token count, `[E, n, n]`.
+
+    Positive definite, also for an expert that was never seen."""
     mean_Enn = sums_Enn / moments.weight.clamp_min(1e-9)[:, None, None]
     prior_E11 = (moments.prior_tokens / (moments.tokens + moments.prior_tokens))[:, None, None]
     layer_share_Enn = prior_E11 * sums_Enn.sum(0) / moments.weight.sum()
@@ -218,7 +227,9 @@ PRIORS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
 def log_likelihood(seen: Moments, unseen: Moments) -> float:
-    "Of the inputs and hidden activations of `unseen` under zero-mean normal distributions with the shrunk moments of `seen`, up to a constant."
+    """Log-likelihood of the inputs and hidden activations of `unseen`, up to a constant.
+
+    Under zero-mean normal distributions with the shrunk moments of `seen`."""
     total = 0.0
     for name in ("inputs", "hidden"):
         factor_Enn = torch.linalg.cholesky(shrunk_mean(getattr(seen, name), seen))
@@ -245,7 +256,9 @@ def calibrate(
     model: nn.Module,  # A transformers MoE, uncompressed
     calibration: Iterable[torch.Tensor],  # 1-D token-id tensors, at least two tokens each
 ) -> dict[str, Moments]:
-    "Moments of every experts module over `calibration`, with the prior that its two halves suggest (the default for a single sequence)."
+    """Moments of every experts module over `calibration`, with the prior that its two halves suggest.
+
+    A single sequence has no halves: there the default prior stays."""
     sequences = list(calibration)
     if len(sequences) < 2:
         return collect_moments(model, sequences)

@@ -42,7 +42,7 @@ from moe_nb.statistics import (
 
 # %% ../nbs/27_compress.ipynb #2ee53ca6
 def model_groups(
-    experts: dict[str, nn.Module],
+    experts: dict[str, nn.Module],  # To compress
     config: CompressionConfig,
     moments: dict,  # Experts module -> `Moments`
 ) -> dict[tuple[str, ...], Group]:
@@ -57,12 +57,14 @@ def model_groups(
 
 @torch.no_grad()
 def fit_model(
-    model: nn.Module,
+    model: nn.Module,  # That they are part of
     experts: dict[str, nn.Module],  # To compress; aligned in place
     config: CompressionConfig,
-    calibration: list[torch.Tensor],
+    calibration: list[torch.Tensor],  # Token sequences
 ) -> tuple[dict[str, dict[str, SharedCore]], dict[str, list[int]]]:
-    "Experts module -> projection -> factors under the common budget of `config.ratio`; and the experts that no calibration token reached."
+    """Factors of all layers under the common budget of `config.ratio`; and the experts that no token reached.
+
+    Both by experts module; the factors by projection."""
     for module in tqdm(experts.values(), desc="aligning", unit="layer", leave=False):
         align_layer(module, config)
     with torch.enable_grad():
@@ -73,7 +75,7 @@ def fit_model(
     fitted = {name: {} for name in experts}
     for (name, *projections), group in groups.items():
         fitted[name] |= zip(projections, pack_group(group))
-    unseen = {name: torch.where(moments[name].tokens == 0)[0].tolist() for name in experts}
+    unseen = {name: (moments[name].tokens == 0).nonzero().flatten().tolist() for name in experts}
     return fitted, unseen
 
 # %% ../nbs/27_compress.ipynb #f6f984c5

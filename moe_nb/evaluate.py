@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['start_token', 'token_windows', 'batch_nll', 'perplexity', 'package_tasks', 'task_manager', 'check_tasks',
-           'random_state_kept', 'silenced', 'model_and_tokenizer', 'clean_metrics', 'clean_results', 'lm_eval_results',
-           'evaluate_model', 'record_scores']
+           'random_state_kept', 'errors_only', 'native_stderr_hidden', 'silenced', 'model_and_tokenizer',
+           'clean_metrics', 'clean_results', 'lm_eval_results', 'evaluate_model', 'record_scores']
 
 # %% ../nbs/50_evaluate.ipynb #8ab0b152
 import copy
@@ -15,15 +15,18 @@ import math
 import numbers
 import os
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .calibrate import evaluation_mode
@@ -31,6 +34,9 @@ from .checkpoint import is_compressed, load_compressed_model
 from .files import replace_text
 from .model_card import CARD, with_scores
 from .text import check_max_length
+
+if TYPE_CHECKING:  # it takes seconds to import, and perplexity needs none of it
+    from lm_eval.tasks import TaskManager
 
 # %% ../nbs/50_evaluate.ipynb #b3b02ce4
 def start_token(tokenizer) -> int:
@@ -46,38 +52,32 @@ def token_windows(
     tokenizer,  # Of the model
     max_length: int,  # Tokens of the longest window
 ) -> list[list[int]]:
-    "Windows of 2 to `max_length` tokens; the first token of each is context only, the others are all tokens of the text, once."
+    """Token ids of all windows over `texts`, 2 to `max_length` tokens each.
+
+    The first token of a window is context only; the others are all tokens of the texts, each once."""
+    if not texts:
+        return []
     windows = []
-    for ids in (
-        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
-    ):
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         ids = [start_token(tokenizer), *ids]
-        windows += [
-            ids[begin : begin + max_length] for begin in range(0, len(ids) - 1, max_length - 1)
-        ]
+        for begin in range(0, len(ids) - 1, max_length - 1):
+            windows.append(ids[begin : begin + max_length])
     return windows
 
 # %% ../nbs/50_evaluate.ipynb #15a8e42a
 @torch.no_grad()
 def batch_nll(model: nn.Module, windows: list[list[int]]) -> torch.Tensor:
     "Negative log-likelihood (nats) of every token but the first of each window: `[S]`, float64, on the CPU."
-    longest = max(map(len, windows))
-    padding = [longest - len(window) for window in windows]
-    ids_BL = torch.tensor(
-        [window + [0] * n for window, n in zip(windows, padding)], device=model.device
-    )
-    mask_BL = torch.tensor(
-        [[1] * len(window) + [0] * n for window, n in zip(windows, padding)], device=model.device
-    )
+    ids = [torch.tensor(window) for window in windows]
+    ids_BL = pad_sequence(ids, batch_first=True).to(model.device)
+    real = [torch.ones_like(ids_L) for ids_L in ids]
+    mask_BL = pad_sequence(real, batch_first=True).to(model.device)
     logits_BLV = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
-    nll = [
-        F.cross_entropy(
-            logits_LV[: len(window) - 1].float(),
-            ids_L[1 : len(window)].to(logits_LV.device),
-            reduction="none",
-        )
-        for window, ids_L, logits_LV in zip(windows, ids_BL, logits_BLV)
-    ]
+    nll = []
+    for ids_L, logits_LV in zip(ids, logits_BLV):
+        predictions = logits_LV[: len(ids_L) - 1].float()
+        targets = ids_L[1:].to(logits_LV.device)
+        nll.append(F.cross_entropy(predictions, targets, reduction="none"))
     return torch.cat(nll).cpu().double()
 
 # %% ../nbs/50_evaluate.ipynb #e2b150c6
@@ -95,21 +95,22 @@ def perplexity(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     check_max_length(model, max_length)
-    windows = sorted(
-        token_windows(list(texts), tokenizer, max_length), key=len, reverse=True
-    )  # similar lengths side by side: little padding
+    windows = token_windows(list(texts), tokenizer, max_length)
     if not windows:
         raise ValueError("texts hold no token to score")
-    total, scored = 0.0, sum(len(window) - 1 for window in windows)
+    windows.sort(key=len, reverse=True)  # similar lengths side by side: little padding
+    total = 0.0
     with evaluation_mode(model):
         for start in range(0, len(windows), batch_size):
             nll_S = batch_nll(model, windows[start : start + batch_size])
             if not nll_S.isfinite().all():
                 raise RuntimeError(
-                    "the model gives a token of the text no finite log-probability: its logits overflow or are NaN"
+                    "the model gives a token of the text no finite log-probability: "
+                    "its logits overflow or are NaN"
                 )
             total += nll_S.sum().item()
-    return math.exp(total / scored) if total / scored < 700 else math.inf
+    mean = total / sum(len(window) - 1 for window in windows)
+    return math.exp(mean) if mean < 700 else math.inf
 
 # %% ../nbs/50_evaluate.ipynb #6bbac92b
 def package_tasks() -> Path:
@@ -122,19 +123,17 @@ def task_manager(
     include_path: str | Path | None = None,  # A folder of further task yaml files
 ) -> "TaskManager":
     "The index of the package's tasks and those of `include_path`, and of all of lm-eval's where `names` need it."
-    from lm_eval.tasks import (
-        TaskManager,  # lm-eval is imported where it is used: it takes seconds, and perplexity needs none of it
-    )
+    from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path {include_path} is not a folder")
-    folders = [package_tasks(), *([Path(include_path)] if include_path is not None else [])]
+    folders = [package_tasks()]
+    if include_path is not None:
+        folders.append(Path(include_path))
     manager = TaskManager(include_path=folders, include_defaults=False)
-    return (
-        manager
-        if set(names) <= set(manager.all_tasks)
-        else TaskManager(include_path=folders, include_defaults=True)
-    )
+    if set(names) <= set(manager.all_tasks):
+        return manager
+    return TaskManager(include_path=folders, include_defaults=True)
 
 # %% ../nbs/50_evaluate.ipynb #80a72233
 def check_tasks(names: list[str], manager: "TaskManager") -> None:
@@ -143,16 +142,18 @@ def check_tasks(names: list[str], manager: "TaskManager") -> None:
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown:
         raise ValueError(
-            f"unknown task: {', '.join(unknown)}; with the package come {shipped}, with lm-eval those of `lm_eval ls tasks`"
+            f"unknown task: {', '.join(unknown)}; with the package come {shipped}, "
+            "with lm-eval those of `lm_eval ls tasks`"
         )
     if not names:
         raise ValueError(f"no task given; with the package come {shipped}")
 
 # %% ../nbs/50_evaluate.ipynb #f4532c74
 @contextmanager
-def random_state_kept():
+def random_state_kept() -> Iterator[None]:
     "Afterwards the global generators of Python, NumPy and torch (all devices) are where they were."
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
@@ -160,17 +161,27 @@ def random_state_kept():
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
-# %% ../nbs/50_evaluate.ipynb #fa0333d0
+# %% ../nbs/50_evaluate.ipynb #98a79e2e
 @contextmanager
-def silenced():
-    "Nothing is printed, and lm-eval and transformers log errors only; what native code and subprocesses wrote is shown after an exception."
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
+def errors_only(*names: str) -> Iterator[None]:
+    "Within the block the loggers of these `names` log errors only."
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with TemporaryFile() as sink, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+@contextmanager
+def native_stderr_hidden() -> Iterator[None]:
+    "What native code and subprocesses write to stderr within the block is shown after an exception only."
+    with TemporaryFile() as sink:
         stderr = os.dup(2)
         os.dup2(sink.fileno(), 2)
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         try:
             yield
         except BaseException:
@@ -180,8 +191,15 @@ def silenced():
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            for logger, level in zip(loggers, levels):
-                logger.setLevel(level)
+
+# %% ../nbs/50_evaluate.ipynb #fa0333d0
+@contextmanager
+def silenced() -> Iterator[None]:
+    "Within the block nothing is printed, and lm-eval and transformers log errors only."
+    nowhere = io.StringIO()
+    with redirect_stdout(nowhere), redirect_stderr(nowhere), native_stderr_hidden():
+        with errors_only("lm_eval", "transformers"):
+            yield
 
 # %% ../nbs/50_evaluate.ipynb #b40e7411
 def model_and_tokenizer(
@@ -191,18 +209,16 @@ def model_and_tokenizer(
     dtype=None,  # As in transformers, default: that of the checkpoint; unused for a loaded model
 ) -> tuple:
     "The loaded model and its tokenizer."
-    source = str(model) if isinstance(model, (str, Path)) else model.name_or_path
+    loaded = not isinstance(model, (str, Path))
+    source = model.name_or_path if loaded else str(model)
     if tokenizer is None and not source:
         raise ValueError("the model does not say where it was loaded from: pass its tokenizer")
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer or source)
-    if not isinstance(model, (str, Path)):
+    if loaded:
         return model, tokenizer
-    if is_compressed(source):
-        return load_compressed_model(source, device_map=device_map, dtype=dtype), tokenizer
-    return AutoModelForCausalLM.from_pretrained(
-        source, device_map=device_map, dtype=dtype
-    ), tokenizer
+    load = load_compressed_model if is_compressed(source) else AutoModelForCausalLM.from_pretrained
+    return load(source, device_map=device_map, dtype=dtype), tokenizer
 
 # %% ../nbs/50_evaluate.ipynb #d3045de2
 def clean_metrics(task: str, metrics: dict) -> dict[str, float]:
@@ -211,15 +227,16 @@ def clean_metrics(task: str, metrics: dict) -> dict[str, float]:
     >>> clean_metrics("t", {"alias": "t", "acc,none": 1, "acc_stderr,none": "N/A", "exact_match,strict": .5})
     {'acc': 1.0, 'exact_match,strict': 0.5}
     """
-    found = {
-        key.removesuffix(",none"): value
-        for key, value in metrics.items()
-        if "," in key and not (value == "N/A" and "_stderr," in key)
-    }
-    for metric, value in found.items():
+    cleaned = {}
+    for key, value in metrics.items():
+        without_stderr = "_stderr," in key and value == "N/A"
+        if "," not in key or without_stderr:
+            continue
+        metric = key.removesuffix(",none")
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise RuntimeError(f"{task}: {metric} is not a finite number but {value!r}")
-    return {metric: float(value) for metric, value in found.items()}
+        cleaned[metric] = float(value)
+    return cleaned
 
 # %% ../nbs/50_evaluate.ipynb #04df596a
 def clean_results(
@@ -244,16 +261,18 @@ def clean_results(
 # %% ../nbs/50_evaluate.ipynb #5e71c0de
 def lm_eval_results(
     model: nn.Module,  # Loaded
-    tokenizer,
+    tokenizer,  # Of `model`
     names: list[str],  # Tasks and groups
     manager: "TaskManager",  # That knows them
     *,
-    batch_size: int = 8,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
+    batch_size: int = 8,  # Sequences at a time
+    limit: int | float | None = None,  # First items of each task: a number, or a share below 1
+    num_fewshot: int | None = None,  # Examples in the prompt; default: what the task says
     log_samples: bool = False,  # Also what the model answered to every item
 ) -> dict:
-    "What `simple_evaluate` of lm-eval returns, without a cache of responses; global state and the mode of the model stay as they were."
+    """What `simple_evaluate` of lm-eval returns, without a cache of responses.
+
+    Global state and the mode of the model stay as they were."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -277,23 +296,21 @@ def lm_eval_results(
 # %% ../nbs/50_evaluate.ipynb #ae38d5b9
 def evaluate_model(
     model,  # A loaded model, a directory (compressed or not), or a name on the Hub
-    tasks: list[str]
-    | str,  # Names of tasks or groups; a string may hold several, separated by commas
+    tasks: list[str] | str,  # Tasks or groups; a string holds several, separated by commas
     *,
     tokenizer=None,  # A tokenizer, or where to load it from; default: where the model is from
     batch_size: int = 8,  # Sequences at a time
     limit: int | float | None = None,  # First items of each task: a number, or a share below 1
     device_map="auto",  # For a model that is loaded here, as in transformers
-    dtype=None,  # For a model that is loaded here, as in transformers; default: that of the checkpoint
+    dtype=None,  # For a model that is loaded here; default: that of the checkpoint
     include_path: str | Path | None = None,  # A folder of further tasks; their Python code is run
     num_fewshot: int | None = None,  # Examples in the prompt; default: what the task says
 ) -> dict[str, dict]:
-    "Results of lm-eval as `{task: {metric: value, ..., 'samples': n}}`; global state and the mode of the model stay as they were."
-    names = [
-        name.strip()
-        for name in (tasks.split(",") if isinstance(tasks, str) else tasks)
-        if name.strip()
-    ]
+    """Results of lm-eval as `{task: {metric: value, ..., 'samples': n}}`.
+
+    Global state and the mode of the model stay as they were."""
+    listed = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = [name.strip() for name in listed if name.strip()]
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     if limit is not None and limit <= 0:
@@ -311,7 +328,8 @@ def evaluate_model(
         limit=limit,
         num_fewshot=num_fewshot,
     )
-    return clean_results(results, [name for name in names if name not in manager.all_tags])
+    expected = [name for name in names if name not in manager.all_tags]
+    return clean_results(results, expected)
 
 # %% ../nbs/50_evaluate.ipynb #23eadde4
 def record_scores(
@@ -321,12 +339,6 @@ def record_scores(
 ) -> None:
     "Put `scores` into the model card of a directory, in one rename."
     card = Path(path) / CARD
-    replace_text(
-        card,
-        with_scores(
-            card.read_text(encoding="utf-8") if card.is_file() else "",
-            card.absolute().parent.name,
-            scores,
-            command,
-        ),
-    )
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    name = card.absolute().parent.name
+    replace_text(card, with_scores(text, name, scores, command))

@@ -56,7 +56,7 @@ def layout_of(experts: nn.Module) -> Layout:
 
 # %% ../nbs/10_experts.ipynb #1272e1fd
 def is_experts(module: nn.Module) -> bool:
-    "Whether `module` holds the experts of one layer in 3-D parameters: by transformers' flags, or by shapes that fit each other."
+    "Whether `module` holds the experts of one layer in 3-D parameters: by its flags, or by shapes that fit."
     down = getattr(module, "down_proj", None)
     if not isinstance(down, nn.Parameter) or down.ndim != 3:
         return False
@@ -66,7 +66,8 @@ def is_experts(module: nn.Module) -> bool:
     if not isinstance(inner, nn.Parameter) or inner.ndim != 3:
         return False
     width, f = down.shape[1:]
-    return tuple(inner.shape[1:]) in ((2 * f, width), (f, 2 * width))
+    plain, transposed = (2 * f, width), (f, 2 * width)  # the second where down is transposed too
+    return tuple(inner.shape[1:]) in (plain, transposed)
 
 # %% ../nbs/10_experts.ipynb #476597b5
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -160,7 +161,7 @@ def read_experts(experts: nn.Module) -> ExpertWeights:
 # %% ../nbs/10_experts.ipynb #080f0025
 @torch.no_grad()
 def write_experts(experts: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    "Copy canonical `weights` (all projections) into `experts`, converting to its data type and device; shapes must agree."
+    "Copy canonical `weights` (all projections) into `experts`, in its data type; the shapes must agree."
     for name, target in read_experts(experts).items():
         if weights[name].shape != target.shape:
             raise ValueError(
@@ -190,7 +191,7 @@ def gated(
 
 # %% ../nbs/10_experts.ipynb #151ed1f0
 def run_expert(
-    experts: nn.Module,
+    experts: nn.Module,  # For its biases and activation
     weights: ExpertWeights,  # As `read_experts` gives them
     e: int,  # Number of the expert
     x_pd: torch.Tensor,  # Its tokens
@@ -208,7 +209,7 @@ def run_expert(
 
 # %% ../nbs/10_experts.ipynb #4a75c97d
 def routing(
-    experts: nn.Module,
+    experts: nn.Module,  # That is called
     hidden_states: torch.Tensor,  # `[T, d]`; `[E * T, d]` in equal shares, sorted by expert, where it comes alone
     top_k_index: torch.Tensor | None = None,  # Chosen experts, `[T, K]`
     top_k_weights: torch.Tensor | None = None,  # Routing weights, `[T, K]`
@@ -230,8 +231,8 @@ def routing(
 @torch.no_grad()
 def check_function(
     name: str,  # Of the module, for the message
-    experts: nn.Module,
-    tokens: int = 4,
+    experts: nn.Module,  # To test
+    tokens: int = 4,  # Of the test
 ) -> None:
     "Raise `ValueError` unless `experts` computes what `run_expert` does, on a few random tokens and the last expert."
     weights = read_experts(experts)

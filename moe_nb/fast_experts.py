@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks', 'version_of', 'host_ranks', 'FactorSlices', 'inner_',
-           'outer_', 'both_cores', 'token_forward', 'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding',
-           'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual', 'fastest',
-           'shared_core_forward', 'switched']
+           'outer_', 'both_cores', 'token_forward', 'chunk_forward', 'loop_forward', 'padded_rows', 'Routing', 'route',
+           'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual',
+           'fastest', 'shared_core_forward', 'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .experts import Layout
-from .hf_names import ALL_EXPERTS_FUNCTIONS, _grouped_mm
+from .hf_names import ALL_EXPERTS_FUNCTIONS, grouped
 from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
@@ -25,7 +25,9 @@ def expert_chunks(
     counts: list[int],  # Pairs of each expert
     rows: int = 64,  # A chunk ends with the expert that reaches so many pairs
 ) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
-    """Yield `(first pair, end, [(expert, its first pair within the chunk, their number), ...])` for the experts that have pairs.
+    """Yield `(first pair, end, experts)` for each chunk of experts that have pairs.
+
+    `experts` is a list of `(expert, its first pair within the chunk, number of its pairs)`.
 
     >>> list(expert_chunks([1, 0, 2, 3], rows=3))
     [(0, 3, [(0, 0, 1), (2, 1, 2)]), (3, 6, [(3, 0, 3)])]
@@ -45,12 +47,12 @@ def expert_chunks(
 
 # %% ../nbs/12_fast_experts.ipynb #285b6250
 class HostRanks(NamedTuple):
-    "Ranks of the experts on the host, where each begins in the factors, and for padding: `rows` per expert, a multiple of eight, and whether nothing must be padded."
+    "Ranks of the experts on the host, and what follows from them."
 
     ranks: list[int]
-    begins: list[int]
-    rows: int
-    equal: bool
+    begins: list[int]  # Where the rows of each expert begin in the factors
+    rows: int  # The largest rank, rounded up to a multiple of eight: rows per expert when padded
+    equal: bool  # All ranks are `rows`: nothing must be padded
 
 
 def read_ranks(ranks_E: torch.Tensor) -> HostRanks:
@@ -60,8 +62,9 @@ def read_ranks(ranks_E: torch.Tensor) -> HostRanks:
     HostRanks(ranks=[3, 0, 12], begins=[0, 3, 3], rows=16, equal=False)
     """
     ranks = ranks_E.tolist()
+    begins = [0, *accumulate(ranks[:-1])]
     rows = -(-max(ranks) // 8) * 8
-    return HostRanks(ranks, [0, *accumulate(ranks[:-1])], rows, min(ranks) == rows)
+    return HostRanks(ranks, begins, rows, equal=min(ranks) == rows)
 
 # %% ../nbs/12_fast_experts.ipynb #6fadd19d
 def version_of(value: torch.Tensor) -> float:
@@ -71,12 +74,16 @@ def version_of(value: torch.Tensor) -> float:
 
 @torch.compiler.assume_constant_result
 def host_ranks(core: SharedCore, name: str) -> HostRanks:
-    "`core.narrow_ranks` or `core.wide_ranks` on the host, read again only when that tensor is another or has changed. A compiled block holds them as constants."
-    ranks_E, kept = getattr(core, name), core.__dict__.get("_host_" + name)
+    """`core.narrow_ranks` or `core.wide_ranks`, as `name` says, on the host.
+
+    They are read again only when that tensor is another or has changed. A compiled block holds them as constants."""
+    ranks_E = getattr(core, name)
+    kept = core.__dict__.get("_host_" + name)
     if kept and kept[0] is ranks_E and kept[1] == version_of(ranks_E):
         return kept[2]
-    core.__dict__["_host_" + name] = kept = (ranks_E, version_of(ranks_E), read_ranks(ranks_E))
-    return kept[2]
+    known = read_ranks(ranks_E)
+    core.__dict__["_host_" + name] = ranks_E, version_of(ranks_E), known
+    return known
 
 # %% ../nbs/12_fast_experts.ipynb #9d8ca425
 class FactorSlices:
@@ -84,47 +91,70 @@ class FactorSlices:
 
     def __init__(self, core: SharedCore, wide_of: SharedCore):
         stored = core._parameters  # found sooner than attributes of the module
-        self.P, self.Q, self.G, self.V = (
-            stored["P"],
-            stored["Q"],
-            stored["G"],
-            wide_of._parameters["V"] if stored["V"] is None else stored["V"],
-        )
-        (self.narrow, self.narrow_at, *_), (self.wide, self.wide_at, *_) = (
-            host_ranks(core, name) for name in ("narrow_ranks", "wide_ranks")
-        )
+        self.P = stored["P"]
+        self.Q = stored["Q"]
+        self.G = stored["G"]
+        self.V = stored["V"]
+        if self.V is None:
+            self.V = wide_of._parameters["V"]
+        narrow = host_ranks(core, "narrow_ranks")
+        wide = host_ranks(core, "wide_ranks")
+        self.narrow, self.narrow_at = narrow.ranks, narrow.begins
+        self.wide, self.wide_at = wide.ranks, wide.begins
 
     def add_narrow_(
-        self, z_pf: torch.Tensor, first_Rf: torch.Tensor, second_Rf: torch.Tensor, expert: int
+        self,
+        z_pf: torch.Tensor,  # Changed in place
+        first_Rf: torch.Tensor,  # Q for gate and up, P for down
+        second_Rf: torch.Tensor,  # The other one
+        expert: int,  # Its number
     ) -> None:
         "`z += second first^T z`, in place."
-        at, rank = self.narrow_at[expert], self.narrow[expert]
+        rank = self.narrow[expert]
         if rank:
-            z_pf.addmm_(z_pf @ first_Rf.narrow(0, at, rank).t(), second_Rf.narrow(0, at, rank))
+            at = self.narrow_at[expert]
+            t_pr = z_pf @ first_Rf.narrow(0, at, rank).t()
+            z_pf.addmm_(t_pr, second_Rf.narrow(0, at, rank))
 
     def add_wide_(
-        self, z_pf: torch.Tensor, x_pd: torch.Tensor, expert: int, t_ps: torch.Tensor | None
+        self,
+        z_pf: torch.Tensor,  # Changed in place
+        x_pd: torch.Tensor,  # Tokens of the expert
+        expert: int,  # Its number
+        t_ps: torch.Tensor | None,  # `V^T x`, where it is known
     ) -> torch.Tensor | None:
-        "`z += G t` in place, with `t = V^T x` unless it is given; returns `t`."
-        at, rank = self.wide_at[expert], self.wide[expert]
+        "`z += G V^T x`, in place; returns `V^T x`."
+        rank = self.wide[expert]
         if not rank:
             return None
+        at = self.wide_at[expert]
         if t_ps is None:
             t_ps = x_pd @ self.V.narrow(0, at, rank).t()
         z_pf.addmm_(t_ps, self.G.narrow(0, at, rank))
         return t_ps
 
-    def to_wide_(self, y_pd: torch.Tensor, h_pf: torch.Tensor, expert: int) -> None:
+    def to_wide_(
+        self,
+        y_pd: torch.Tensor,  # Overwritten
+        h_pf: torch.Tensor,  # Hidden activations of the expert
+        expert: int,  # Its number
+    ) -> None:
         "`y = V G^T h`, in place."
-        at, rank = self.wide_at[expert], self.wide[expert]
+        rank = self.wide[expert]
         if rank:
-            torch.mm(h_pf @ self.G.narrow(0, at, rank).t(), self.V.narrow(0, at, rank), out=y_pd)
+            at = self.wide_at[expert]
+            t_ps = h_pf @ self.G.narrow(0, at, rank).t()
+            torch.mm(t_ps, self.V.narrow(0, at, rank), out=y_pd)
         else:
             y_pd.zero_()
 
 # %% ../nbs/12_fast_experts.ipynb #9d64c2f5
 def inner_(
-    gate: FactorSlices, up: FactorSlices, a_p2f: torch.Tensor, x_pd: torch.Tensor, expert: int
+    gate: FactorSlices,
+    up: FactorSlices,
+    a_p2f: torch.Tensor,  # `C x` of gate and of up side by side; changed in place
+    x_pd: torch.Tensor,  # Tokens of the expert
+    expert: int,  # Its number
 ) -> None:
     "From `C x` of gate and up to their full products, in place."
     g_pf, u_pf = a_p2f.chunk(2, dim=1)
@@ -134,12 +164,17 @@ def inner_(
     up.add_wide_(u_pf, x_pd, expert, t_ps if up.V is gate.V else None)
 
 
-def outer_(down: FactorSlices, y_pd: torch.Tensor, h_pf: torch.Tensor, expert: int) -> None:
+def outer_(
+    down: FactorSlices,
+    y_pd: torch.Tensor,  # Overwritten
+    h_pf: torch.Tensor,  # Hidden activations of the expert; changed in place
+    expert: int,  # Its number
+) -> None:
     "The two parts of the down projection: `y` directly, `h` still to go through the core; both in place."
     down.to_wide_(y_pd, h_pf, expert)
     down.add_narrow_(h_pf, down.P, down.Q, expert)
 
-# %% ../nbs/12_fast_experts.ipynb #566590c2
+
 def both_cores(experts: SharedCoreExperts, x_Td: torch.Tensor) -> torch.Tensor:
     "`C x` of gate and up side by side, `[T, 2f]`."
     f = experts.gate.core.shape[0]
@@ -148,70 +183,85 @@ def both_cores(experts: SharedCoreExperts, x_Td: torch.Tensor) -> torch.Tensor:
         torch.mm(x_Td, core.core.t(), out=z_Tf)
     return z_T2f
 
-
+# %% ../nbs/12_fast_experts.ipynb #566590c2
 def token_forward(
     experts: SharedCoreExperts,
-    slices: tuple,
-    x_1d: torch.Tensor,
-    chosen: list[int],
-    weight_1K: torch.Tensor,
+    slices: tuple[FactorSlices, FactorSlices, FactorSlices],  # Of gate, up and down
+    x_1d: torch.Tensor,  # The token
+    chosen: list[int],  # Its K experts
+    weight_1K: torch.Tensor,  # Their weights
 ) -> torch.Tensor:
-    "The forward of one token through the `chosen` experts."
+    "The forward of one token, `[1, d]`."
     gate, up, down = slices
-    a_K2f, y_Kd = (
-        both_cores(experts, x_1d).repeat(len(chosen), 1),
-        x_1d.new_empty(len(chosen), x_1d.shape[1]),
-    )
+    K = len(chosen)
+    a_K2f = both_cores(experts, x_1d).repeat(K, 1)
     for a_12f, expert in zip(a_K2f.split(1), chosen):
         inner_(gate, up, a_12f, x_1d, expert)
     h_Kf = experts.template._apply_gate(a_K2f).mul_(weight_1K.t())
+    y_Kd = x_1d.new_empty(K, x_1d.shape[1])
     for y_1d, h_1f, expert in zip(y_Kd.split(1), h_Kf.split(1), chosen):
         outer_(down, y_1d, h_1f, expert)
-    h_1f, y_1d = (
-        value_Kn.sum(0, keepdim=True, dtype=torch.promote_types(value_Kn.dtype, torch.float32))
-        for value_Kn in (h_Kf, y_Kd)
-    )
+    wide_dtype = torch.promote_types(x_1d.dtype, torch.float32)
+    h_1f = h_Kf.sum(0, keepdim=True, dtype=wide_dtype)
+    y_1d = y_Kd.sum(0, keepdim=True, dtype=wide_dtype)
     return y_1d.add_(experts.down.to_wide(h_1f.to(x_1d.dtype))).to(x_1d.dtype)
+
+# %% ../nbs/12_fast_experts.ipynb #cf290e42
+def chunk_forward(
+    experts: SharedCoreExperts,
+    slices: tuple[FactorSlices, FactorSlices, FactorSlices],  # Of gate, up and down
+    a_p2f: torch.Tensor,  # `C x` of gate and up for each pair; changed in place
+    x_pd: torch.Tensor,  # The token of each pair
+    weight_p1: torch.Tensor,  # The weight of each pair
+    chunk: list[tuple[int, int, int]],  # Expert, first pair and number of pairs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Weighted `h` that still has to go through the core of down `[p, f]`, and `y` `[p, d]`, of a chunk of pairs."
+    gate, up, down = slices
+    for expert, at, count in chunk:
+        inner_(gate, up, a_p2f.narrow(0, at, count), x_pd.narrow(0, at, count), expert)
+    h_pf = experts.template._apply_gate(a_p2f).mul_(weight_p1)
+    y_pd = torch.empty_like(x_pd)
+    for expert, at, count in chunk:
+        outer_(down, y_pd.narrow(0, at, count), h_pf.narrow(0, at, count), expert)
+    return h_pf, y_pd
 
 # %% ../nbs/12_fast_experts.ipynb #7aa0fb96
 def loop_forward(
     experts: SharedCoreExperts,
-    x_Td: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
+    x_Td: torch.Tensor,  # Tokens
+    top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
+    top_k_weights: torch.Tensor,  # Their weights, `[T, K]`
 ) -> torch.Tensor:
-    "`plain_forward` without gradient: only chosen experts, no copy of a weight, nothing of the size `[P, d]` but for a chunk of pairs."
+    """`plain_forward` without gradient.
+
+    Only chosen experts are touched and no weight is copied. Nothing is of the size `[P, d]`: pairs come in chunks."""
     if torch.is_grad_enabled():
         raise ValueError(
             "shared_core_loop has no gradient: use it under torch.no_grad(), or choose shared_core"
         )
-    gate, up, down = (
-        FactorSlices(core, experts.gate) for core in (experts.gate, experts.up, experts.down)
-    )
-    chosen = top_k_index[0].tolist() if len(x_Td) == 1 else []
-    if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts:
-        return token_forward(experts, (gate, up, down), x_Td, chosen, top_k_weights)
+    gate, up, down = experts.gate, experts.up, experts.down
+    slices = FactorSlices(gate, gate), FactorSlices(up, gate), FactorSlices(down, gate)
+    if len(x_Td) == 1:
+        chosen = top_k_index[0].tolist()
+        if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts:
+            return token_forward(experts, slices, x_Td, chosen, top_k_weights)
+
     token_P, slot_P, counts = sorted_pairs(top_k_index, experts.num_experts)
-    weight_P1, f = top_k_weights[token_P, slot_P, None], experts.down.core.shape[0]
+    weight_P1 = top_k_weights[token_P, slot_P, None]
     z_T2f = both_cores(experts, x_Td)
-    h_Tf, y_Td = (
-        x_Td.new_zeros(len(x_Td), n, dtype=torch.promote_types(x_Td.dtype, torch.float32))
-        for n in (f, x_Td.shape[1])
-    )
+    T, d = x_Td.shape
+    f = down.core.shape[0]
+    wide_dtype = torch.promote_types(x_Td.dtype, torch.float32)
+    h_Tf = x_Td.new_zeros(T, f, dtype=wide_dtype)
+    y_Td = x_Td.new_zeros(T, d, dtype=wide_dtype)
     for first, end, chunk in expert_chunks(counts):
-        token_p = token_P[first:end]
-        x_pd, a_p2f = x_Td.index_select(0, token_p), z_T2f.index_select(0, token_p)
-        for expert, at, count in chunk:
-            inner_(gate, up, a_p2f.narrow(0, at, count), x_pd.narrow(0, at, count), expert)
-        h_pf, y_pd = (
-            experts.template._apply_gate(a_p2f).mul_(weight_P1[first:end]),
-            torch.empty_like(x_pd),
-        )
-        for expert, at, count in chunk:
-            outer_(down, y_pd.narrow(0, at, count), h_pf.narrow(0, at, count), expert)
-        h_Tf.index_add_(0, token_p, h_pf.to(h_Tf.dtype))
-        y_Td.index_add_(0, token_p, y_pd.to(y_Td.dtype))
-    return y_Td.add_(experts.down.to_wide(h_Tf.to(x_Td.dtype))).to(x_Td.dtype)
+        token_p, weight_p1 = token_P[first:end], weight_P1[first:end]
+        x_pd = x_Td.index_select(0, token_p)
+        a_p2f = z_T2f.index_select(0, token_p)
+        h_pf, y_pd = chunk_forward(experts, slices, a_p2f, x_pd, weight_p1, chunk)
+        h_Tf.index_add_(0, token_p, h_pf.to(wide_dtype))
+        y_Td.index_add_(0, token_p, y_pd.to(wide_dtype))
+    return y_Td.add_(down.to_wide(h_Tf.to(x_Td.dtype))).to(x_Td.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #832d9d40
 def padded_rows(
@@ -227,9 +277,9 @@ def padded_rows(
     """
     column_r = torch.arange(rows, device=ranks_E.device)
     first_E = ranks_E.cumsum(0) - ranks_E
-    return (first_E[experts_n, None] + column_r).clamp_(max=total - 1), column_r < ranks_E[
-        experts_n, None
-    ]
+    row_nr = (first_E[experts_n, None] + column_r).clamp_(max=total - 1)
+    own_nr = column_r < ranks_E[experts_n, None]
+    return row_nr, own_nr
 
 # %% ../nbs/12_fast_experts.ipynb #1e408dcd
 class Routing(NamedTuple):
@@ -239,56 +289,43 @@ class Routing(NamedTuple):
     expert_P: torch.Tensor
     weight_P1: torch.Tensor
     chosen_n: torch.Tensor  # Experts whose factors are laid out: all of them, or that of each pair
-    ends_E: (
-        torch.Tensor | None
-    )  # End of the pairs of each expert; None where each pair has its own factors
+    ends_E: torch.Tensor | None  # Where the pairs of each expert end; None: not sorted
     inverse_P: torch.Tensor  # Where each pair went
 
     def times(self, value_Pn: torch.Tensor, factor_znm: torch.Tensor) -> torch.Tensor:
         "Each row of `value_Pn` times the factor of its expert, `[P, m]`."
         if self.ends_E is None:
             return torch.bmm(value_Pn.unsqueeze(1), factor_znm).squeeze(1)
-        if value_Pn.dtype == torch.float64:
-            return torch.ops.transformers.grouped_mm_fallback(value_Pn, factor_znm, self.ends_E)
-        return _grouped_mm(value_Pn, factor_znm, self.ends_E)
+        return grouped(value_Pn, factor_znm, self.ends_E)
 
     def per_token(self, value_Pn: torch.Tensor, tokens: int) -> torch.Tensor:
         "Sum over the experts of each token, `[T, n]`, in at least fp32, always in the same order."
-        return (
-            value_Pn[self.inverse_P]
-            .unflatten(0, (tokens, -1))
-            .sum(1, dtype=torch.promote_types(value_Pn.dtype, torch.float32))
-        )
+        wide_dtype = torch.promote_types(value_Pn.dtype, torch.float32)
+        value_TKn = value_Pn[self.inverse_P].unflatten(0, (tokens, -1))
+        return value_TKn.sum(1, dtype=wide_dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #fe5d0335
 def route(
-    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int, grouped: bool
+    top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
+    top_k_weights: torch.Tensor,  # Their weights, `[T, K]`
+    num_experts: int,  # E
+    by_expert: bool,  # Sort the pairs by expert; else each has factors of its own
 ) -> Routing:
-    "Lay out the pairs without asking the host. Indices beyond the last expert count nothing; negative ones are not noticed."
-    expert_P, weight_P = (
-        value.flatten()
-        for value in (
-            top_k_index.clamp(max=num_experts - 1),
-            top_k_weights.masked_fill(top_k_index >= num_experts, 0),
-        )
-    )
-    order_P = torch.arange(expert_P.numel(), device=expert_P.device)
-    token_P, all_E = (
-        order_P // top_k_index.shape[1],
-        torch.arange(num_experts, device=expert_P.device),
-    )
-    if not grouped:
+    """Lay out the pairs without asking the host.
+
+    Indices beyond the last expert count nothing; negative ones are not noticed."""
+    K, device = top_k_index.shape[1], top_k_index.device
+    expert_P = top_k_index.clamp(max=num_experts - 1).flatten()
+    weight_P = top_k_weights.masked_fill(top_k_index >= num_experts, 0).flatten()
+    order_P = torch.arange(expert_P.numel(), device=device)
+    token_P = order_P // K
+    if not by_expert:
         return Routing(token_P, expert_P, weight_P[:, None], expert_P, None, order_P)
+    all_E = torch.arange(num_experts, device=device)
     expert_P, sort_P = torch.sort(expert_P, stable=True)
     ends_E = torch.searchsorted(expert_P, all_E, right=True, out_int32=True)
-    return Routing(
-        token_P[sort_P],
-        expert_P,
-        weight_P[sort_P, None],
-        all_E,
-        ends_E,
-        torch.empty_like(sort_P).scatter_(0, sort_P, order_P),
-    )
+    inverse_P = torch.empty_like(sort_P).scatter_(0, sort_P, order_P)
+    return Routing(token_P[sort_P], expert_P, weight_P[sort_P, None], all_E, ends_E, inverse_P)
 
 # %% ../nbs/12_fast_experts.ipynb #bf187917
 class Padding(NamedTuple):
@@ -299,49 +336,79 @@ class Padding(NamedTuple):
     mask_Pr: torch.Tensor | None  # None: all ranks are equal
 
     def lay(self, factor_Rn: torch.Tensor) -> torch.Tensor:
-        "`[n, r, width]`."
-        return (
-            factor_Rn.unflatten(0, (-1, self.rows))
-            if self.row_nr is None
-            else factor_Rn[self.row_nr]
-        )
+        "The rows of each expert that the routing wants, `[n, r, width]`."
+        if self.row_nr is None:
+            return factor_Rn.unflatten(0, (-1, self.rows))
+        return factor_Rn[self.row_nr]
 
     def project(
-        self, value_Pn: torch.Tensor, factor_Rn: torch.Tensor, routing: Routing
+        self,
+        value_Pn: torch.Tensor,
+        factor_Rn: torch.Tensor,  # Ragged
+        routing: Routing,
     ) -> torch.Tensor:
-        "Each value against the rows of its expert, zero beyond its rank: `[P, r]`."
+        "`t`: each row of `value_Pn` against the rows of its expert, zero beyond its rank, `[P, r]`."
         t_Pr = routing.times(value_Pn, self.lay(factor_Rn).transpose(1, 2))
         return t_Pr if self.mask_Pr is None else t_Pr.masked_fill(~self.mask_Pr, 0)
 
-    def expand(self, t_Pr: torch.Tensor, factor_Rn: torch.Tensor, routing: Routing) -> torch.Tensor:
-        "Sum of the rows of its expert, weighted by `t`: `[P, width]`."
+    def expand(
+        self,
+        t_Pr: torch.Tensor,  # From `project`
+        factor_Rn: torch.Tensor,  # Ragged
+        routing: Routing,
+    ) -> torch.Tensor:
+        "Sum of the rows of its expert, weighted by `t_Pr`: `[P, width]`."
         return routing.times(t_Pr, self.lay(factor_Rn))
 
+    def through(
+        self,
+        value_Pn: torch.Tensor,
+        first_Rn: torch.Tensor,  # Ragged
+        second_Rm: torch.Tensor,  # Ragged
+        routing: Routing,
+    ) -> torch.Tensor:
+        "`second first^T value` with the factors of its expert, for each row of `value_Pn`, `[P, m]`."
+        t_Pr = self.project(value_Pn, first_Rn, routing)
+        return self.expand(t_Pr, second_Rm, routing)
+
 # %% ../nbs/12_fast_experts.ipynb #01c307c8
-def padding(core: SharedCore, name: str, routing: Routing) -> Padding | None:
-    "For the factors whose ranks are `name` (narrow_ranks or wide_ranks); None where all of them are zero."
-    bounds, ranks_E = host_ranks(core, name), getattr(core, name)
-    if not bounds.rows:
+def padding(
+    core: SharedCore,
+    name: str,  # narrow_ranks, for P and Q, or wide_ranks, for G and V
+    routing: Routing,
+) -> Padding | None:
+    "The padding of the factors that have the ranks `name`; None where all of these are zero."
+    known = host_ranks(core, name)
+    rows = known.rows
+    if not rows:
         return None
+    ranks_E = getattr(core, name)
     total = len(core.G if name == "wide_ranks" else core.P)
-    mask_Pr = (
-        None if bounds.equal else padded_rows(ranks_E, routing.expert_P, bounds.rows, total)[1]
-    )
-    if bounds.equal and routing.ends_E is not None:
-        return Padding(bounds.rows, None, mask_Pr)
-    return Padding(
-        bounds.rows, padded_rows(ranks_E, routing.chosen_n, bounds.rows, total)[0], mask_Pr
-    )
+    mask_Pr = None
+    if not known.equal:
+        _, mask_Pr = padded_rows(ranks_E, routing.expert_P, rows, total)
+    if known.equal and routing.ends_E is not None:
+        return Padding(rows, None, mask_Pr)
+    row_nr, _ = padded_rows(ranks_E, routing.chosen_n, rows, total)
+    return Padding(rows, row_nr, mask_Pr)
 
 # %% ../nbs/12_fast_experts.ipynb #9069971a
-def static_inner(experts: SharedCoreExperts, x_Td: torch.Tensor, routing: Routing) -> torch.Tensor:
+def static_inner(
+    experts: SharedCoreExperts,
+    x_Td: torch.Tensor,  # Tokens
+    routing: Routing,
+) -> torch.Tensor:
     "Gate and up of every pair, `[P, 2f]`."
-    x_Pd, t_Ps, parts = x_Td[routing.token_P], None, []
+    x_Pd = x_Td[routing.token_P]
+    t_Ps = None
+    parts = []
     for core in (experts.gate, experts.up):
-        a_Pf = z_Pf = core.to_narrow(x_Td)[routing.token_P]
-        narrow, wide = (padding(core, name, routing) for name in ("narrow_ranks", "wide_ranks"))
+        z_Pf = core.to_narrow(x_Td)[routing.token_P]
+        a_Pf = z_Pf
+        narrow = padding(core, "narrow_ranks", routing)
+        wide = padding(core, "wide_ranks", routing)
         if narrow:
-            a_Pf = a_Pf + narrow.expand(narrow.project(z_Pf, core.Q, routing), core.P, routing)
+            a_Pf = a_Pf + narrow.through(z_Pf, core.Q, core.P, routing)
         if wide and core.V is not None:
             t_Ps = wide.project(x_Pd, core.V, routing)
         if wide:
@@ -352,47 +419,52 @@ def static_inner(experts: SharedCoreExperts, x_Td: torch.Tensor, routing: Routin
 # %% ../nbs/12_fast_experts.ipynb #db7525ec
 def static_forward(
     experts: SharedCoreExperts,
-    x_Td: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
+    x_Td: torch.Tensor,  # Tokens
+    top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
+    top_k_weights: torch.Tensor,  # Their weights, `[T, K]`
     *,
-    grouped: bool,
+    by_expert: bool,  # Sort the pairs by expert; else gather the factors of each pair
 ) -> torch.Tensor:
     "`plain_forward` with shapes that depend on `T` alone and no wait for the host; differentiable."
-    if not len(x_Td):
+    T = len(x_Td)
+    if not T:
         return x_Td.clone()
-    routing, down = route(top_k_index, top_k_weights, experts.num_experts, grouped), experts.down
+    down = experts.down
+    routing = route(top_k_index, top_k_weights, experts.num_experts, by_expert)
     h_Pf = experts.template._apply_gate(static_inner(experts, x_Td, routing))
     h_Pf = h_Pf * routing.weight_P1.to(h_Pf.dtype)
-    narrow, wide = (padding(down, name, routing) for name in ("narrow_ranks", "wide_ranks"))
-    through_Pf = (
-        h_Pf + narrow.expand(narrow.project(h_Pf, down.P, routing), down.Q, routing)
-        if narrow
-        else h_Pf
-    )
-    y_Td = down.to_wide(routing.per_token(through_Pf, len(x_Td)).to(x_Td.dtype))
+
+    narrow = padding(down, "narrow_ranks", routing)
+    wide = padding(down, "wide_ranks", routing)
+    through_core_Pf = h_Pf
+    if narrow:
+        through_core_Pf = h_Pf + narrow.through(h_Pf, down.P, down.Q, routing)
+    h_Tf = routing.per_token(through_core_Pf, T)
+    y_Td = down.to_wide(h_Tf.to(x_Td.dtype))
     if wide:
-        y_Td = y_Td + routing.per_token(
-            wide.expand(wide.project(h_Pf, down.G, routing), down.V, routing), len(x_Td)
-        )
+        rest_Pd = wide.through(h_Pf, down.G, down.V, routing)
+        y_Td = y_Td + routing.per_token(rest_Pd, T)
     return y_Td.to(x_Td.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #e7c2f5ac
 def grouped_forward(experts: SharedCoreExperts, *args) -> torch.Tensor:
     "`static_forward` with pairs sorted by expert."
-    return static_forward(experts, *args, grouped=True)
+    return static_forward(experts, *args, by_expert=True)
 
 
 def pairs_forward(experts: SharedCoreExperts, *args) -> torch.Tensor:
     "`static_forward` with the factors of each pair gathered."
-    return static_forward(experts, *args, grouped=False)
+    return static_forward(experts, *args, by_expert=False)
 
 # %% ../nbs/12_fast_experts.ipynb #b542c76b
 USUAL = Layout(), Layout(is_transposed=True)
 
 
 def is_usual(experts: SharedCoreExperts) -> bool:
-    "Whether the fast forms know the layout of `experts`: all three projections compressed; no bias, no norm after down, no identity experts, gate and up one after the other."
+    """Whether the fast forms know the layout of `experts`.
+
+    All three projections are compressed; there is no bias, no norm after down and no identity expert,
+    and gate and up lie one after the other."""
     parts = experts._modules
     return (
         experts.layout in USUAL
@@ -402,36 +474,43 @@ def is_usual(experts: SharedCoreExperts) -> bool:
 
 
 def fastest(
-    experts: SharedCoreExperts, x_Td: torch.Tensor, top_k_index: torch.Tensor | None = None
+    experts: SharedCoreExperts,
+    x_Td: torch.Tensor,  # Tokens
+    top_k_index: torch.Tensor | None = None,  # Chosen experts, `[T, K]`
 ) -> Callable:
-    "The form of the forward for this call: plain where a gradient is wanted on the CPU, and for what the others do not know."
-    plain, core = SharedCoreExperts.plain_forward, experts.down
+    """The form of the forward for this call.
+
+    Plain where a gradient is wanted on the CPU, and for what the others do not know."""
+    plain = SharedCoreExperts.plain_forward
     if top_k_index is None or not is_usual(experts):
         return plain
-    if (x_Td.device, x_Td.dtype) != (
-        core.core.device,
-        core.core.dtype,
-    ) or torch.is_autocast_enabled(x_Td.device.type):
+    core_fd, device_type = experts.down.core, x_Td.device.type
+    same_kind = x_Td.device == core_fd.device and x_Td.dtype == core_fd.dtype
+    if not same_kind or torch.is_autocast_enabled(device_type):
         return plain
-    if x_Td.device.type == "cpu" and not torch.compiler.is_compiling():
+    if device_type == "cpu" and not torch.compiler.is_compiling():
         return plain if torch.is_grad_enabled() else loop_forward
-    return pairs_forward if top_k_index.numel() <= experts.num_experts else grouped_forward
+    few_pairs = top_k_index.numel() <= experts.num_experts
+    return pairs_forward if few_pairs else grouped_forward
 
 # %% ../nbs/12_fast_experts.ipynb #a5b16a01
 def shared_core_forward(
     experts: SharedCoreExperts,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor | None = None,
-    top_k_weights: torch.Tensor | None = None,
+    hidden_states: torch.Tensor,  # `[T, d]`
+    top_k_index: torch.Tensor | None = None,  # Chosen experts, `[T, K]`
+    top_k_weights: torch.Tensor | None = None,  # Their weights, `[T, K]`
 ) -> torch.Tensor:
     "The forward that `fastest` names."
-    return fastest(experts, hidden_states, top_k_index)(
-        experts, hidden_states, top_k_index, top_k_weights
-    )
+    compute = fastest(experts, hidden_states, top_k_index)
+    return compute(experts, hidden_states, top_k_index, top_k_weights)
 
 
-def switched(name: str, compute: Callable, any_layout: bool) -> Callable:
-    "`compute` as the experts implementation `name` of transformers, which hands it plain experts too."
+def switched(
+    name: str,  # Of the implementation, for the message
+    compute: Callable,  # Forward of `SharedCoreExperts`
+    any_layout: bool,  # Whether it knows more than the usual layouts
+) -> Callable:
+    "`compute` as an experts implementation of transformers, which hands it plain experts too."
 
     @wraps(compute)
     def experts_forward(module, *args, **kwargs):
@@ -439,8 +518,10 @@ def switched(name: str, compute: Callable, any_layout: bool) -> Callable:
             return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args, **kwargs)
         if any_layout or is_usual(module):
             return compute(module, *args, **kwargs)
+        kind = type(module.template).__name__
         raise ValueError(
-            f"{name} does not know the experts of {type(module.template).__name__} as they are compressed here: choose shared_core, which takes the plain form for them"
+            f"{name} does not know the experts of {kind} as they are compressed here: "
+            "choose shared_core, which takes the plain form for them"
         )
 
     return experts_forward
@@ -454,6 +535,5 @@ FORMS = {
     "shared_core_pairs": pairs_forward,
 }
 for name, compute in FORMS.items():
-    ALL_EXPERTS_FUNCTIONS.register(
-        name, switched(name, compute, any_layout=name in ("shared_core", "shared_core_plain"))
-    )
+    any_layout = name in ("shared_core", "shared_core_plain")
+    ALL_EXPERTS_FUNCTIONS.register(name, switched(name, compute, any_layout))

@@ -88,10 +88,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_identity(path: Path, samples: int = 16, length: int = 4096) -> str:
+def file_identity(
+    path: Path,  # Of a file
+    samples: int = 16,  # Places that are read
+    length: int = 4096,  # Bytes read at each
+) -> str:
     "Hash over size, beginning and evenly spaced samples of a file."
     size = path.stat().st_size
-    starts = [0, *(size * i // samples for i in range(samples)), max(0, size - length)]
+    evenly_spaced = [size * i // samples for i in range(samples)]
+    starts = [0, *evenly_spaced, max(0, size - length)]
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for start in starts:
@@ -149,7 +154,7 @@ def check_output(
 
 # %% ../nbs/02_files.ipynb #9ed24301
 def install_directory(finished: Path, path: Path) -> None:
-    "Flush the directory `finished` to disk and rename it to `path`, in place of what was there; both on one file system."
+    "Flush the directory `finished` to disk and rename it to `path`, in place of what was there."
     old = path.parent / f".{path.name}.old"
     if not path.exists() and old.exists():
         old.rename(path)  # a process was killed between the two renames
@@ -168,7 +173,7 @@ def install_directory(finished: Path, path: Path) -> None:
 # %% ../nbs/02_files.ipynb #05f730bc
 @contextmanager
 def atomic_directory(path: str | Path, marker: str) -> Iterator[Path]:
-    "Yield an empty sibling directory of `path`; when the block succeeds it becomes `path` by a rename, else it is removed."
+    "Yield an empty sibling of `path`; when the block succeeds it becomes `path` by a rename, else it is removed."
     path = Path(os.path.abspath(path))
     check_output(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +225,11 @@ def work_folder(output: Path) -> Path:
     return output.parent / f".{output.name}.partial"
 
 # %% ../nbs/02_files.ipynb #aa29ba8a
-def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+def differences(
+    before: dict,  # Nested
+    now: dict,  # Nested
+    prefix: str = "",  # Of the names in the result
+) -> list[str]:
     """What changed between two nested dictionaries, one line each.
 
     >>> differences({"config": {"ratio": 0.25, "seed": 0}}, {"config": {"ratio": 0.5, "seed": 0}})
@@ -273,8 +282,8 @@ def entry_path(folder: Path, piece: str) -> Path:
 
 
 def spans_checksum(
-    folder: Path,
-    spans: list,  # `(file, start, length)` of files in `folder`
+    folder: Path,  # That the files are in
+    spans: list,  # `(file, start, length)`
     block: int = 1 << 24,  # Bytes that are read at a time
 ) -> int | None:
     "CRC-32 over `spans`; None where one of the files is missing."

@@ -19,76 +19,92 @@ def best_low_rank(
     R: torch.Tensor,  # Matrices to approximate, `[..., m, n]`
     rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Balanced `[..., rank, m]` and `[..., rank, n]` whose product (first transposed) is the best approximation of `R` (Eckart-Young)."
+    """Left `[..., rank, m]` and right `[..., rank, n]` directions of the best approximation of `R`, balanced.
+
+    Left transposed times right is the truncated singular value decomposition (Eckart and Young 1936)."""
     left, right = principal_directions(R)
     return balance(left[..., :rank, :], right[..., :rank, :])
 
 # %% ../nbs/23_fit_rank.ipynb #5eeb3d1a
-def best_wide(residual_BEfd: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "G `[B, E, s, f]` and V `[E, s, d]` of the best rank-`rank` fit to `residual_BEfd`, stacked over B."
+def best_wide(
+    residual_BEfd: torch.Tensor,  # What the core and the narrow wrappers leave
+    rank: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "G `[B, E, s, f]` and V `[E, s, d]` of the best rank-`rank` fit to the residual, stacked over B."
     B, E, f, d = residual_BEfd.shape
-    G_Esm, V_Esd = best_low_rank(residual_BEfd.transpose(0, 1).reshape(E, B * f, d), rank)
+    stacked_Emd = residual_BEfd.transpose(0, 1).reshape(E, B * f, d)
+    G_Esm, V_Esd = best_low_rank(stacked_Emd, rank)
     return G_Esm.unflatten(2, (B, f)).permute(2, 0, 1, 3), V_Esd
 
 # %% ../nbs/23_fit_rank.ipynb #54511f90
 def best_narrow(
-    residual_BEfd: torch.Tensor, core_Bfd: torch.Tensor, rank: int
+    residual_BEfd: torch.Tensor,  # What the core and the wide wrappers leave
+    core_Bfd: torch.Tensor,  # C
+    rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "P, Q `[B, E, r, f]`, balanced, that minimise `|R - P Q^T C|` (reduced-rank regression, Izenman 1975)."
-    Uc_Bfk, Sc_Bk, Vc_Bkd = torch.linalg.svd(core_Bfd, full_matrices=False)
-    inverse_Bk = torch.where(Sc_Bk > 1e-3 * Sc_Bk[:, :1], 1 / Sc_Bk, 0.0)
-    in_basis_BEfk = residual_BEfd @ (Vc_Bkd * (inverse_Bk > 0)[:, :, None]).mT[:, None]
+    "P, Q `[B, E, r, f]` of rank `rank`, balanced, that minimise the error of `P Q^T C` to the residual."
+    U_Bfk, S_Bk, Vh_Bkd = torch.linalg.svd(core_Bfd, full_matrices=False)
+    strong_Bk = S_Bk > 1e-3 * S_Bk[:, :1]
+    inverse_Bk = torch.where(strong_Bk, 1 / S_Bk, 0.0)
+    basis_Bkd = Vh_Bkd * strong_Bk[:, :, None]
+    in_basis_BEfk = residual_BEfd @ basis_Bkd.mT[:, None]
     P_BErf, K_BErk = best_low_rank(in_basis_BEfk, rank)
-    return balance(P_BErf, (K_BErk * inverse_Bk[:, None, None]) @ Uc_Bfk.mT[:, None])
+    Q_BErf = (K_BErk * inverse_Bk[:, None, None]) @ U_Bfk.mT[:, None]
+    return balance(P_BErf, Q_BErf)
 
 # %% ../nbs/23_fit_rank.ipynb #99a74e8d
 def best_core(
     target_BEfd: torch.Tensor,  # X - G V^T
     M_BEff: torch.Tensor,  # I + P Q^T
     core_Bfd: torch.Tensor,  # Start of the iteration
-    steps: int = 20,
+    steps: int = 20,  # At most
 ) -> torch.Tensor:
-    "Core `[B, f, d]` that minimises `sum_e |target_e - M_e C|^2`: conjugate gradients on the normal equations (Hestenes-Stiefel 1952)."
-    A_Bff = torch.einsum("begf,begh->bfh", M_BEff, M_BEff)
-    residual_Bfd = torch.einsum("begf,begd->bfd", M_BEff, target_BEfd) - A_Bff @ core_Bfd
-    direction_Bfd, energy_B = residual_Bfd, residual_Bfd.square().sum((1, 2))
+    "Core `[B, f, d]` that minimises `sum_e |target_e - M_e C|^2`, by conjugate gradients on the normal equations."
+    gram_Bff = torch.einsum("begf,begh->bfh", M_BEff, M_BEff)
+    residual_Bfd = torch.einsum("begf,begd->bfd", M_BEff, target_BEfd) - gram_Bff @ core_Bfd
+    direction_Bfd = residual_Bfd
+    energy_B = residual_Bfd.square().sum((1, 2))
     stop = 1e-14 * target_BEfd.square().sum()
+    tiny = torch.finfo(target_BEfd.dtype).tiny
     for _ in range(steps):
         if energy_B.sum() <= stop:
             break
-        step_Bfd = A_Bff @ direction_Bfd
-        alpha_B = energy_B / (direction_Bfd * step_Bfd).sum((1, 2)).clamp_min(
-            torch.finfo(step_Bfd.dtype).tiny
-        )
-        core_Bfd = core_Bfd + alpha_B[:, None, None] * direction_Bfd
-        residual_Bfd = residual_Bfd - alpha_B[:, None, None] * step_Bfd
+        applied_Bfd = gram_Bff @ direction_Bfd
+        curvature_B = (direction_Bfd * applied_Bfd).sum((1, 2)).clamp_min(tiny)
+        alpha_B11 = (energy_B / curvature_B)[:, None, None]
+        core_Bfd = core_Bfd + alpha_B11 * direction_Bfd
+        residual_Bfd = residual_Bfd - alpha_B11 * applied_Bfd
         previous_B, energy_B = energy_B, residual_Bfd.square().sum((1, 2))
-        direction_Bfd = (
-            residual_Bfd
-            + (energy_B / previous_B.clamp_min(torch.finfo(step_Bfd.dtype).tiny))[:, None, None]
-            * direction_Bfd
-        )
+        beta_B11 = (energy_B / previous_B.clamp_min(tiny))[:, None, None]
+        direction_Bfd = residual_Bfd + beta_B11 * direction_Bfd
     return core_Bfd
 
 # %% ../nbs/23_fit_rank.ipynb #3ddfc95d
-def pack(core_Bfd, P_BErf, Q_BErf, G_BEsf, V_Esd) -> list[SharedCore]:
-    "One `SharedCore` per projection from factors of equal ranks; V is stored with the first."
-    E, r, s = *P_BErf.shape[1:3], G_BEsf.shape[2]
-    ranks = {
-        name: torch.full((E,), rank, dtype=torch.int32, device=core_Bfd.device)
-        for name, rank in (("narrow_ranks", r), ("wide_ranks", s))
-    }
-    return [
-        SharedCore(
-            core=core,
-            P=P.flatten(0, 1),
-            Q=Q.flatten(0, 1),
-            G=G.flatten(0, 1),
-            V=V_Esd.flatten(0, 1) if block == 0 else None,
-            **{name: values.clone() for name, values in ranks.items()},
+def pack(
+    core_Bfd: torch.Tensor,
+    P_BErf: torch.Tensor,
+    Q_BErf: torch.Tensor,
+    G_BEsf: torch.Tensor,
+    V_Esd: torch.Tensor,
+) -> list[SharedCore]:
+    """One `SharedCore` per projection from factors of equal ranks; V is stored with the first.
+
+    `core_Bfd`; narrow wrappers `P_BErf` and `Q_BErf`; wide wrappers `G_BEsf` and, for all projections, `V_Esd`."""
+    E = len(V_Esd)
+    r, s = P_BErf.shape[2], G_BEsf.shape[2]
+    cores = []
+    for core_fd, P_Erf, Q_Erf, G_Esf in zip(core_Bfd, P_BErf, Q_BErf, G_BEsf):
+        core = SharedCore(
+            core=core_fd,
+            P=P_Erf.flatten(0, 1),
+            Q=Q_Erf.flatten(0, 1),
+            G=G_Esf.flatten(0, 1),
+            V=None if cores else V_Esd.flatten(0, 1),
+            narrow_ranks=torch.full((E,), r, dtype=torch.int32, device=core_fd.device),
+            wide_ranks=torch.full((E,), s, dtype=torch.int32, device=core_fd.device),
         )
-        for block, (core, P, Q, G) in enumerate(zip(core_Bfd, P_BErf, Q_BErf, G_BEsf))
-    ]
+        cores.append(core)
+    return cores
 
 # %% ../nbs/23_fit_rank.ipynb #1ec8a1ab
 def fit_closed_form(
@@ -100,16 +116,18 @@ def fit_closed_form(
 ) -> list[SharedCore]:
     "Alternating closed-form fit in fp32: one `SharedCore` per projection (B of them), deterministic."
     X_BEfd = X_BEfd.float()
-    core_Bfd, eye_ff = X_BEfd.mean(1), torch.eye(X_BEfd.shape[2], device=X_BEfd.device)
-    wide_BEfd = torch.zeros_like(X_BEfd)
+    eye_ff = torch.eye(X_BEfd.shape[2], device=X_BEfd.device)
+    core_Bfd = X_BEfd.mean(1)
+    wide_BEfd = torch.zeros_like(X_BEfd)  # G V^T
     for round in range(rounds):
-        P, Q = best_narrow(X_BEfd - core_Bfd[:, None] - wide_BEfd, core_Bfd, narrow_rank)
-        M_BEff = eye_ff + P.mT @ Q
-        if round:
+        residual_BEfd = X_BEfd - core_Bfd[:, None] - wide_BEfd
+        P_BErf, Q_BErf = best_narrow(residual_BEfd, core_Bfd, narrow_rank)
+        M_BEff = eye_ff + P_BErf.mT @ Q_BErf
+        if round:  # at first it is the mean, which the wide wrappers have not seen yet
             core_Bfd = best_core(X_BEfd - wide_BEfd, M_BEff, core_Bfd)
-        G, V = best_wide(X_BEfd - M_BEff @ core_Bfd[:, None], wide_rank)
-        wide_BEfd = G.mT @ V
-    return pack(core_Bfd, P, Q, G, V)
+        G_BEsf, V_Esd = best_wide(X_BEfd - M_BEff @ core_Bfd[:, None], wide_rank)
+        wide_BEfd = G_BEsf.mT @ V_Esd
+    return pack(core_Bfd, P_BErf, Q_BErf, G_BEsf, V_Esd)
 
 # %% ../nbs/23_fit_rank.ipynb #486f3d0f
 def fit_adam(
@@ -117,29 +135,37 @@ def fit_adam(
     *,
     rank: int,  # Of both wrappers
     steps: int = 1000,
-    lr: float = 1e-3,
-    seed: int = 0,
+    lr: float = 1e-3,  # Learning rate
+    seed: int = 0,  # Of the random factors
     scale: float = 0.1,  # Standard deviation of the random factors
 ) -> list[SharedCore]:
-    "The plain recipe: Adam on the factors of `(I + P Q^T) C (I + U V^T)`, then U multiplied out into G."
+    """The plain recipe: `steps` steps of Adam on the factors of `(I + P Q^T) C (I + U V^T)`.
+
+    U is multiplied out into G afterwards, so that the same is stored as by the closed form."""
     X_BEfd = X_BEfd.float()
-    (B, E, f, d), generator = X_BEfd.shape, torch.Generator(X_BEfd.device).manual_seed(seed)
+    B, E, f, d = X_BEfd.shape
+    generator = torch.Generator(X_BEfd.device).manual_seed(seed)
+
+    def random_rows(side):
+        rows = torch.randn(B, E, rank, side, generator=generator, device=X_BEfd.device)
+        return scale * rows
+
     core = X_BEfd.mean(1, keepdim=True)
-    Q, V = (
-        scale * torch.randn(B, E, rank, side, generator=generator, device=X_BEfd.device)
-        for side in (f, d)
-    )
+    Q, V = random_rows(f), random_rows(d)
     P, U = torch.zeros_like(Q), torch.zeros_like(V)
     factors = [factor.requires_grad_() for factor in (core, P, Q, U, V)]
     optimizer = torch.optim.Adam(factors, lr=lr)
     for _ in range(steps):
         left = core + P.mT @ (Q @ core)
-        (left + (left @ U.mT) @ V - X_BEfd).square().sum().backward()
+        X_hat_BEfd = left + (left @ U.mT) @ V
+        (X_hat_BEfd - X_BEfd).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        G, V = balance(((core + P.mT @ (Q @ core)) @ U.mT).mT, V)
-        return pack(core[:, 0], *balance(P, Q), G, V[0])
+        left = core + P.mT @ (Q @ core)
+        G, V = balance((left @ U.mT).mT, V)
+        P, Q = balance(P, Q)
+        return pack(core[:, 0], P, Q, G, V[0])
 
 # %% ../nbs/23_fit_rank.ipynb #9cacf506
 class Sizes(NamedTuple):
@@ -156,16 +182,20 @@ class Sizes(NamedTuple):
         return self.B * self.E * self.f * self.d
 
     def stored(self, rank: int) -> int:
-        "Numbers stored with wrappers of this rank on both sides: core, wrappers, the ranks themselves, and the original shape kept as a guard."
-        return (
-            self.B * self.f * self.d
-            + self.E * ((3 * self.B * self.f + self.d) * rank + 2 * self.B)
-            + 3
-        )
+        """Numbers stored with wrappers of this rank on both sides, V shared by all projections of the group.
+
+        The core, the wrappers, the ranks themselves, and the original shape kept as a guard."""
+        core = self.B * self.f * self.d
+        wrappers = (3 * self.B * self.f + self.d) * rank
+        return core + self.E * (wrappers + 2 * self.B) + 3
 
 # %% ../nbs/23_fit_rank.ipynb #a3949ba2
-def uniform_rank(sizes: Sizes, ratio: float) -> int:
-    "The largest rank of all wrappers that stores at most `ratio` (stored / original parameters)."
+def uniform_rank(
+    sizes: Sizes,
+    ratio: float,  # Stored / original parameters
+) -> int:
+    "The largest rank of all wrappers that stores at most `ratio`; raises `ValueError` where rank one is too much."
     budget = ratio * sizes.original
     check_budget(budget, sizes.stored(1), sizes.original)
-    return max(rank for rank in range(1, min(sizes.f, sizes.d) + 1) if sizes.stored(rank) <= budget)
+    ranks = range(1, min(sizes.f, sizes.d) + 1)
+    return max(rank for rank in ranks if sizes.stored(rank) <= budget)

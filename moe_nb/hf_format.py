@@ -94,7 +94,7 @@ def empty_factors(shapes: dict[str, list[int]], like: torch.Tensor) -> nn.Module
 def empty_experts(
     original: nn.Module, shapes: dict[str, dict[str, list[int]]]
 ) -> SharedCoreExperts:
-    "`SharedCoreExperts` with uninitialised factors of the given `shapes`, on the device and in the data type of `original`."
+    "`SharedCoreExperts` with uninitialised factors of these `shapes`, where and in the type that `original` is."
     like = next(original.parameters())
     return SharedCoreExperts(
         original, **{name: empty_factors(tensors, like) for name, tensors in shapes.items()}
@@ -166,7 +166,7 @@ def align_tensors(model: nn.Module) -> None:
 # %% ../nbs/13_hf_format.ipynb #b678489d
 @register_quantizer(METHOD)
 class SharedCoreQuantizer(HfQuantizer):
-    "Builds the compressed experts before `from_pretrained` reads the weights, and turns them back into plain ones on `dequantize`."
+    "Builds the compressed experts before `from_pretrained` reads weights, and plain ones again on `dequantize`."
 
     is_trainable = True
     is_qat_trainable = True
@@ -213,11 +213,11 @@ class SharedCoreQuantizer(HfQuantizer):
 def mark_compressed(
     model: nn.Module,  # With `SharedCoreExperts` in place
     *,
-    weights_format: str = "safetensors",
+    weights_format: str = "safetensors",  # Or "pt"
     compression: dict | None = None,  # How it was made
-    statistics: dict | None = None,
+    statistics: dict | None = None,  # What came out
 ) -> nn.Module:
-    "Tell transformers that `model` is compressed, so that `save_pretrained`, `dequantize` and the Trainer treat it as such."
+    "Tell transformers that `model` is compressed: `save_pretrained`, `dequantize` and the Trainer will know."
     modules = {name: factor_shapes(experts) for name, experts in compressed_experts(model).items()}
     config = SharedCoreConfig(modules, weights_format, compression, statistics)
     set_conversions_aside(model)

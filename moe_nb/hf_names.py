@@ -10,7 +10,7 @@ __all__ = ['model_class', 'bare_model', 'saving_conversions', 'split_conversions
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import PrefixedDataset
+from accelerate.utils import PrefixedDataset, broadcast_object_list
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,11 +32,12 @@ from transformers.modeling_utils import (
 )
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.trainer_utils import TrainOutput
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # %% ../nbs/04_hf_names.ipynb #47a1942c
 def model_class(config) -> type:
-    "The class of transformers that `config` names as its architecture; `AutoModelForCausalLM` where it names none of them."
+    "The class that `config` names as its architecture; `AutoModelForCausalLM` where transformers has none."
     name = (config.architectures or [""])[0]
     return getattr(transformers, name, AutoModelForCausalLM)
 
@@ -49,7 +50,7 @@ def bare_model(config, dtype: torch.dtype) -> nn.Module:
 
 # %% ../nbs/04_hf_names.ipynb #36657a8d
 def saving_conversions(model: nn.Module) -> list:
-    "The conversions that saving `model` reverts: those of its family, without the ones for old checkpoints and for prefixes."
+    "The conversions that saving `model` reverts: those of its family, but for old checkpoints and prefixes."
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     return [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
 
@@ -82,8 +83,12 @@ def dequantize_blocks(weight_oi: torch.Tensor, scale_inv_bc: torch.Tensor) -> to
     ]
 
 # %% ../nbs/04_hf_names.ipynb #4f8fb48d
-def grouped(value_Pn: torch.Tensor, factor_Enm: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    "Rows `[P, n]`, sorted by expert, times the factor of their expert, `[P, m]`; expert e has the rows before `ends_E[e]`."
+def grouped(
+    value_Pn: torch.Tensor,  # Rows, sorted by expert
+    factor_Enm: torch.Tensor,  # One matrix for each expert
+    ends_E: torch.Tensor,  # int32: expert e has the rows before `ends_E[e]`
+) -> torch.Tensor:
+    "Each row times the matrix of its expert, `[P, m]`."
     if value_Pn.dtype == torch.float64:  # the operator of torch knows no float64
         return torch.ops.transformers.grouped_mm_fallback(value_Pn, factor_Enm, ends_E)
     return _grouped_mm(value_Pn, factor_Enm, ends_E)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CompressionConfig', 'selected_experts', 'check_finite', 'check_sources', 'projection_groups', 'weighted_group',
-           'rank_for', 'budget_groups', 'group_sizes', 'check_floor', 'check_work', 'fit_uniform', 'align_layer',
-           'fit_layer', 'compressed_layer']
+           'rank_for', 'budget_groups', 'group_sizes', 'floor_of', 'check_floor', 'check_work', 'fit_uniform',
+           'align_layer', 'fit_layer', 'compressed_layer']
 
 # %% ../nbs/25_layer.ipynb #im940182
 from dataclasses import dataclass, replace
@@ -113,7 +113,8 @@ def selected_experts(model: nn.Module, config: CompressionConfig) -> dict[str, n
         raise ValueError(
             f"layers: {wrong} out of range; the model has {len(found)} MoE layers, 0 to {len(found) - 1}"
         )
-    return {name: module for i, (name, module) in enumerate(found.items()) if i in config.layers}
+    names = list(found)
+    return {names[layer]: found[names[layer]] for layer in sorted(set(config.layers))}
 
 # %% ../nbs/25_layer.ipynb #fe156a28
 def check_finite(experts: dict[str, nn.Module]) -> None:
@@ -187,17 +188,24 @@ def group_sizes(weights: ExpertWeights, names: list[str]) -> Sizes:
     return Sizes(B=len(names), E=weights.E, f=weights.f, d=weights.d)
 
 
-def check_floor(
-    sizes: list[Sizes],  # Of groups that share a budget
-    ratio: float,
-) -> None:
+def floor_of(pot: list[Sizes]) -> float:
+    "Share of the original that the cores and the ranks alone take, of groups that share a budget."
+    smallest = sum(sizes.stored(rank=0) for sizes in pot)
+    return smallest / sum(sizes.original for sizes in pot)
+
+
+def check_floor(pot: list[Sizes], ratio: float) -> None:
     "Raise `ValueError` where the cores and the ranks alone are more than `ratio` of the original."
-    smallest = sum(size.stored(rank=0) for size in sizes)
-    original = sum(size.original for size in sizes)
+    smallest = sum(sizes.stored(rank=0) for sizes in pot)
+    original = sum(sizes.original for sizes in pot)
     check_budget(ratio * original, smallest, original)
 
 
-def check_work(experts: dict[str, nn.Module], config: CompressionConfig, calibrated: bool) -> None:
+def check_work(
+    experts: dict[str, nn.Module],  # To compress; on the meta device will do
+    config: CompressionConfig,
+    calibrated: bool,  # Whether data say what matters
+) -> None:
     "Every check that needs no more than the shapes: layouts, ranks or budget."
     sizes = []
     for module in experts.values():
@@ -214,10 +222,7 @@ def check_work(experts: dict[str, nn.Module], config: CompressionConfig, calibra
             rank_for(size, config)
         return
     pots = budget_groups(sizes, calibrated)
-    tightest = max(
-        pots, key=lambda pot: sum(s.stored(rank=0) for s in pot) / sum(s.original for s in pot)
-    )
-    check_floor(tightest, config.ratio)
+    check_floor(max(pots, key=floor_of), config.ratio)
 
 # %% ../nbs/25_layer.ipynb #e835d130
 def fit_uniform(weights: ExpertWeights, config: CompressionConfig) -> dict[str, SharedCore]:
@@ -235,7 +240,9 @@ def fit_uniform(weights: ExpertWeights, config: CompressionConfig) -> dict[str, 
 
 # %% ../nbs/25_layer.ipynb #55eef088
 def align_layer(experts: nn.Module, config: CompressionConfig) -> None:
-    "Align the experts of a layer in place, wide ones in one round; their function stays the same. Only where all projections are compressed."
+    """Align the experts of a layer in place; their function stays the same.
+
+    Wide ones in one round; only where all projections are compressed."""
     width = read_experts(experts).f
     if set(config.projections) == set(PROJECTIONS) and width <= config.align_width:
         align_experts(experts, rounds=8 if width <= 256 else 1)
@@ -268,7 +275,9 @@ def compressed_layer(
     record: LayerRecord | None,  # What to refine on
     config: CompressionConfig,
 ) -> tuple[SharedCoreExperts, dict]:
-    "The compressed layer, in the data type and on the device of `experts`, and the relative errors of its weights and output."
+    """The compressed layer, and the relative errors of its weights and output.
+
+    In the data type and on the device of `experts`."""
     weights = read_experts(experts)
     parts = {}
     for name in weights:

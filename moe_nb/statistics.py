@@ -26,7 +26,7 @@ def active_parameters(
     experts: nn.Module,  # Compressed or not
     top_k: int,  # K
 ) -> int:
-    "Parameters of one experts module that a token touches on average: all shared ones, and `K / E` of those per expert."
+    "Parameters of one experts module that a token touches on average: the cores, and K / E of the rest."
     total = sum(p.numel() for p in experts.parameters())
     shared = sum(part.core.numel() for part in experts.children() if isinstance(part, SharedCore))
     count = (
@@ -45,10 +45,10 @@ def stored_parameters(module: nn.Module) -> int:
 # %% ../nbs/26_statistics.ipynb #31ac9885
 def layer_statistics(
     name: str,  # Of the experts module
-    original: nn.Module,
+    original: nn.Module,  # The experts before
     compressed: SharedCoreExperts,
     *,
-    top_k: int,
+    top_k: int,  # K
     errors: dict,  # As `compressed_layer` returns them
     unseen: list[int],  # Experts that no calibration token reached
 ) -> dict:
@@ -69,7 +69,9 @@ def layer_statistics(
 # %% ../nbs/26_statistics.ipynb #36b7fe79
 @dataclass(frozen=True, kw_only=True)
 class CompressionStatistics:
-    "Parameters before and after, overall and per layer; ratios are compressed / original. `expert_*` counts compressed layers only."
+    """Parameters before and after, overall and per layer; ratios are compressed / original.
+
+    `expert_*` counts compressed layers only."""
 
     total_params_original: int
     total_params_compressed: int
@@ -101,7 +103,7 @@ def before_and_after(layers: dict, kind: str) -> tuple[int, int]:
 def summarize(
     outside: int,  # Parameters outside the compressed layers
     layers: dict,  # Folder -> what `layer_statistics` says
-    seconds: float,
+    seconds: float,  # That it took
 ) -> CompressionStatistics:
     "Statistics of a whole model."
     experts = before_and_after(layers, "params")
@@ -137,7 +139,7 @@ def versions(*packages: str) -> dict[str, str]:
 def compression_record(
     model: nn.Module,
     config: CompressionConfig,
-    calibration: list[torch.Tensor],
+    calibration: list[torch.Tensor],  # Token sequences
     source: str,  # `fingerprint` of the original
 ) -> dict:
     "How `model` was compressed: what `compression_config.json` holds."

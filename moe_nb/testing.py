@@ -14,8 +14,7 @@ def fails(
     action: Callable,  # Called without arguments
     *words: str,  # Must all be in the message
     error: type | tuple[type, ...] = (ValueError, OSError),  # The kinds of error that are meant
-    hidden: str
-    | Path = "",  # A folder whose name is no business of the reader; left out of the message
+    hidden: str | Path = "",  # A folder whose name is left out of the message
 ) -> str:
     """The message of the error that `action` raises; `AssertionError` if it raises none, or says something else.
 

@@ -28,7 +28,7 @@ FILE_KINDS = {
 
 
 def read_texts(source: str, column: str = "text") -> Iterator[str]:
-    "Texts of a file, or of the training split of a hub data set `name` or `name:configuration`, one document at a time."
+    "Texts of a file, or of the training split of a hub data set (`name` or `name:configuration`), one by one."
     from datasets import load_dataset  # slow to import
 
     path = Path(source)
@@ -106,7 +106,8 @@ def batches(calibration: Iterable[torch.Tensor], size: int = 8) -> list[torch.Te
             raise ValueError(
                 f"a calibration sequence is a 1-D tensor of at least two token ids; got shape {tuple(ids.shape)}"
             )
-        if not groups or len(groups[-1]) == size or len(groups[-1][0]) != len(ids):
+        last = groups[-1] if groups else []
+        if not last or len(last) == size or len(last[0]) != len(ids):
             groups.append([])
         groups[-1].append(ids)
     if not groups:
@@ -120,10 +121,10 @@ def self_sequences(
     *,
     limit: int,  # Sequences
     length: int = 256,  # Tokens of one sequence
-    batch: int = 64,
-    seed: int = 0,
+    batch: int = 64,  # Sequences at a time
+    seed: int = 0,  # Of the draws
 ) -> list[torch.Tensor]:
-    "1-D token-id tensors sampled from `model`, each after its start token (a random token if it has none); deterministic."
+    "1-D token-id tensors sampled from `model`, each after its start token (or a random one); deterministic."
     config, sequences = model.config.get_text_config(), []
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from .async_eval import EvaluationFolder
 from .eval_queue import EvaluationConfig, results_table
-from .eval_worker import end_group, worker_environment
+from .eval_worker import end_group, last_lines, start_process
 from .plots import plot_evaluations
 
 # %% ../nbs/61_watch.ipynb #40611a37
@@ -30,33 +30,35 @@ class Watcher:
     "An evaluator in the background, and what it has found."
 
     def __init__(
-        self, process: subprocess.Popen, output: BinaryIO, run: str | Path, config: EvaluationConfig
+        self,
+        process: subprocess.Popen,  # The evaluator
+        output: BinaryIO,  # The file that it prints to
+        run: str | Path,  # Directory of the training
+        config: EvaluationConfig,
     ):
-        self.process, self.output, self.config, self.folder, self._live = (
-            process,
-            output,
-            config,
-            EvaluationFolder(run, config),
-            None,
-        )
+        self.process = process
+        self.output = output
+        self.config = config
+        self.folder = EvaluationFolder(run, config)
+        self._live = None
 
     def results(self) -> pd.DataFrame:
+        "The results so far, as `results_table` shows them."
         return results_table(self.folder.rows())
 
     def plot(self, metric: str | None = None) -> Figure:
         "The metric (default: the one that decides) against the step."
-        return plot_evaluations(
-            self.folder.rows(),
-            metric or self.config.metric,
-            title=f"{self.folder.run.name}, while training"
-            if self.running()
-            else self.folder.run.name,
-        )
+        title = self.folder.run.name
+        if self.running():
+            title += ", while training"
+        return plot_evaluations(self.folder.rows(), metric or self.config.metric, title=title)
 
     def failures(self) -> dict[str, str]:
+        "What could not be evaluated, and why."
         return self.folder.failures()
 
     def running(self) -> bool:
+        "Whether the evaluator has not ended."
         return self.process.poll() is None
 
     def live(self, metric: str | None = None, interval: float = 2.0) -> None:
@@ -68,7 +70,8 @@ class Watcher:
         def follow():
             drawn = 0
             while True:
-                running, found = self.running(), len(self.folder.rows())
+                running = self.running()
+                found = len(self.folder.rows())
                 if found and (found != drawn or not running):
                     shown.update(self.plot(metric))
                 if not running:
@@ -90,10 +93,10 @@ class Watcher:
 
     def log(self, lines: int = 20) -> str:
         "The last lines that the evaluator wrote."
-        written = os.pread(
-            self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0
-        )  # leaves the evaluator's place in the file alone
-        return "\n".join(written.decode(errors="replace").strip().splitlines()[-lines:])
+        file = self.output.fileno()
+        size = os.fstat(file).st_size
+        written = os.pread(file, size, 0)  # leaves the evaluator's place in the file alone
+        return last_lines(written, lines)
 
     def stop(self) -> None:
         "End the evaluator now; the next one goes on from here."
@@ -113,24 +116,8 @@ def watch_in_background(
 ) -> Watcher:
     "Start an evaluator for the checkpoints of `run`, in a process that ends with this one."
     config = config or EvaluationConfig(**options)
-    command = [
-        sys.executable,
-        "-m",
-        "moe_nb.async_eval",
-        str(run),
-        json.dumps(asdict(config)),
-        str(os.getpid()),
-    ]
+    settings = json.dumps(asdict(config))
+    parent = str(os.getpid())
+    command = [sys.executable, "-m", "moe_nb.async_eval", str(run), settings, parent]
     output = tempfile.TemporaryFile()
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        env=worker_environment(config, dict(os.environ)),
-        process_group=0,
-    )
-    os.setpriority(
-        os.PRIO_PROCESS, process.pid, max(os.getpriority(os.PRIO_PROCESS, 0), config.nice)
-    )
-    return Watcher(process, output, run, config)
+    return Watcher(start_process(command, output, config), output, run, config)

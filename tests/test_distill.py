@@ -16,126 +16,158 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from moe_nb.layer import CompressionConfig
-from moe_nb.compress import compress_model
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model, verify_directory
+from moe_nb.compress import compress_model
 from moe_nb.distill import DistillationConfig, distill
-from moe_nb.stream import STATE
-from moe_nb.resume import checkpoints, newest_checkpoint, stored_model
+from moe_nb.layer import CompressionConfig
+from moe_nb.resume import (
+    TRAINER_STATE,
+    checkpoint_step,
+    checkpoints,
+    newest_checkpoint,
+    stored_model,
+)
 from moe_nb.tiny import load_tiny, tiny_path
 
 ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ROOT / "nbs" / "experiments"
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    path = tmp_path_factory.mktemp("student") / "student"
+    "The directory of a compressed model"
     model, tokenizer = load_tiny()
-    return save_compressed_model(
-        compress_model(model, CompressionConfig(ratio=0.25, rounds=1, align_width=0))[0],
-        path,
-        tokenizer,
-    )
+    config = CompressionConfig(ratio=0.25, rounds=1, align_width=0)
+    compressed, _ = compress_model(model, config)
+    path = tmp_path_factory.mktemp("student") / "student"
+    return save_compressed_model(compressed, path, tokenizer)
 
 
 def settings(student, output, **changes):
     "A short run as keywords of `DistillationConfig`"
-    return dict(
-        dict(
-            teacher_model=str(tiny_path()),
-            student_model_path=str(student),
-            output_dir=str(output),
-            block_steps=5,
-            block_tokens=4096,
-            max_length=64,
-            max_tokens=32768,
-            max_steps=6,
-            save_steps=3,
-            logging_steps=1,
-            training_args="{use_cpu: true, disable_tqdm: true}",
-        ),
-        **changes,
+    short = dict(
+        teacher_model=str(tiny_path()),
+        student_model_path=str(student),
+        output_dir=str(output),
+        block_steps=5,
+        block_tokens=4096,
+        max_length=64,
+        max_tokens=32768,
+        max_steps=6,
+        save_steps=3,
+        logging_steps=1,
+        training_args="{use_cpu: true, disable_tqdm: true}",
     )
+    return short | changes
 
 
 def weights(path):
-    return {name: value for name, value in stored_model(path).state_dict().items() if value.numel()}
+    "The tensors of a model that hold numbers"
+    state = stored_model(path).state_dict()
+    return {name: value for name, value in state.items() if value.numel()}
 
 
-def history(path):
-    return [line for line in json.loads((path / STATE).read_text())["log_history"] if "kl" in line]
+def assert_same(one, two):
+    "The weights in two directories are equal, bit for bit"
+    ones, twos = weights(one), weights(two)
+    assert ones.keys() == twos.keys()
+    differ = [name for name in ones if not torch.equal(ones[name], twos[name])]
+    assert not differ
+
+
+def state_of(checkpoint):
+    "The state of the Trainer in a checkpoint"
+    return json.loads((checkpoint / TRAINER_STATE).read_text())
+
+
+def history(checkpoint):
+    "The lines of the log of a run"
+    return [line for line in state_of(checkpoint)["log_history"] if "kl" in line]
 
 
 # Killed
 
 
+def log_of(options):
+    "What the processes of a run print to"
+    return Path(options["output_dir"]).parent / "log.txt"
+
+
 def child(options):
+    "A run, in a session of its own"
     os.setsid()
-    with open(Path(options["output_dir"]).parent / "log.txt", "a") as log:
-        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    with open(log_of(options), "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
         distill(DistillationConfig(**options))
 
 
 def start(options):
+    "A process that runs"
     process = multiprocessing.get_context("fork").Process(target=child, args=(options,))
     process.start()
     return process
 
 
+def assert_succeeded(process, options):
+    "The process ended well; else its last words"
+    assert process.exitcode == 0, log_of(options).read_text()[-3000:]
+
+
 def finish(options):
+    "A run from where it is to its end"
     process = start(options)
     process.join(600)
-    assert process.exitcode == 0, (Path(options["output_dir"]).parent / "log.txt").read_text()[
-        -3000:
-    ]
+    assert_succeeded(process, options)
+
+
+def assert_complete(output):
+    "Every checkpoint and everything that was published is whole, and the newest checkpoint is found"
+    found = checkpoints(output)
+    for path in found:
+        verify_directory(path)
+        assert state_of(path)["global_step"] == checkpoint_step(path)
+        load_compressed_model(path, device_map={"": "cpu"})
+    assert newest_checkpoint(output) == (found[-1] if found else None)
+    for path in (output / "eval_queue").glob("step-*"):
+        verify_directory(path)
 
 
 @pytest.mark.slow
 def test_kill_at_any_moment_and_resume(student, tmp_path):
     "After each of 20 kills every checkpoint loads, and the run ends with the weights of the one that was not killed"
     run = dict(per_device_train_batch_size=2, max_steps=80, save_steps=2, save_total_limit=2)
-    reference, output = settings(student, tmp_path / "reference", **run), tmp_path / "killed"
+    options = settings(student, tmp_path / "killed", **run)
+    output, reference = tmp_path / "killed", tmp_path / "reference"
     begun = time.time()
-    finish(reference)
-    seconds, draw, kills, seen, begins = time.time() - begun, random.Random(0), 0, set(), 0
+    finish(settings(student, reference, **run))
+    seconds = time.time() - begun
+
+    draw = random.Random(0)
+    kills, begins, seen = 0, 0, set()
     while kills < 20:
         if (output / "final").exists():  # finished before the last kill: from the start again
-            assert all(
-                torch.equal(value, weights(output / "final")[name])
-                for name, value in weights(Path(reference["output_dir"]) / "final").items()
-            )
+            assert_same(output / "final", reference / "final")
             shutil.rmtree(output)
             begins += 1
-        process = start(settings(student, output, **run))
+        process = start(options)
         process.join(draw.uniform(0.05, 0.9) * seconds)
         if not process.is_alive():
-            assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-3000:]
+            assert_succeeded(process, options)
             continue
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
         kills += 1
+        assert_complete(output)
         found = checkpoints(output)
-        for path in found:
-            assert verify_directory(path) and json.loads((path / STATE).read_text())[
-                "global_step"
-            ] == int(path.name.split("-")[1])
-            load_compressed_model(path, device_map={"": "cpu"})
-        assert newest_checkpoint(output) == (found[-1] if found else None)
         seen.add(found[-1].name if found else None)
-        for path in (output / "eval_queue").glob("step-*"):
-            verify_directory(path)
-    finish(settings(student, output, **run))
+
+    finish(options)
     assert len(seen) > 5, f"the kills all fell on {seen}"
-    ended = weights(output / "final")
-    assert all(
-        torch.equal(value, ended[name])
-        for name, value in weights(Path(reference["output_dir"]) / "final").items()
-    )
-    assert (
-        not list(output.glob(".*"))
-        and (output / "eval_queue" / "TRAINING_DONE").is_file()
-        and len(list((output / "eval_queue").glob("step-*"))) == 40
-    )
+    assert_same(output / "final", reference / "final")
+    assert not list(output.glob(".*"))
+    assert (output / "eval_queue" / "TRAINING_DONE").is_file()
+    assert len(list((output / "eval_queue").glob("step-*"))) == 40
     print(f"{kills} kills, at {sorted(map(str, seen))}, {begins} new beginnings")
 
 
@@ -144,119 +176,110 @@ def test_kill_at_any_moment_and_resume(student, tmp_path):
 # accelerate refuses to shard on the CPU; told that the two processes are devices, it does
 SCRIPT = """
 import json, os, sys
-from accelerate.state import DistributedType, PartialState
-if "ACCELERATE_USE_FSDP" in os.environ:
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+sharded = "ACCELERATE_USE_FSDP" in os.environ
+if sharded:
     init = PartialState.__init__
+
     def patched(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU: self.distributed_type = DistributedType.MULTI_GPU
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
     PartialState.__init__ = patched
+
 from moe_nb.distill import DistillationConfig, distill
+
 distill(DistillationConfig(**json.loads(sys.argv[1])))
-if "ACCELERATE_USE_FSDP" in os.environ:
-    from accelerate.state import AcceleratorState
-    assert AcceleratorState().distributed_type == DistributedType.FSDP and AcceleratorState().fsdp_plugin.fsdp_version == 2
+if sharded:
+    state = AcceleratorState()
+    assert state.distributed_type == DistributedType.FSDP
+    assert state.fsdp_plugin.fsdp_version == 2
 """
 
 
 def fsdp2():
-    "What `accelerate launch` makes of the example configuration"
-    values = yaml.safe_load((ROOT / "nbs" / "experiments" / "accelerate_fsdp2.yaml").read_text())[
-        "fsdp_config"
-    ]
-    return dict(
-        ACCELERATE_USE_FSDP="true",
-        **{
-            name.upper(): str(value).lower() if isinstance(value, bool) else str(value)
-            for name, value in values.items()
-        },
-    )
+    "What `accelerate launch` makes of the example configuration: environment variables"
+    text = (EXPERIMENTS / "accelerate_fsdp2.yaml").read_text()
+    variables = dict(ACCELERATE_USE_FSDP="true")
+    for name, value in yaml.safe_load(text)["fsdp_config"].items():
+        text = str(value)
+        variables[name.upper()] = text.lower() if isinstance(value, bool) else text
+    return variables
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_example_configurations_are_accelerates(layout):
-    config = load_config_from_file(str(ROOT / "nbs" / "experiments" / f"accelerate_{layout}.yaml"))
-    assert (
-        str(config.distributed_type).endswith("FSDP" if layout == "fsdp2" else "MULTI_GPU")
-        and config.num_processes == 8
-    )
+@pytest.mark.parametrize("layout, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_example_configurations_are_accelerates(layout, kind):
+    config = load_config_from_file(str(EXPERIMENTS / f"accelerate_{layout}.yaml"))
+    assert str(config.distributed_type).endswith(kind)
+    assert config.num_processes == 8
 
 
-def launch(options, processes, **environment):
+def launch(options, processes, **variables):
+    "A run in several processes, with these environment variables"
     script = Path(options["output_dir"]).with_suffix(".py")
     script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--master_port=0",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-            str(script),
-            json.dumps(options),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        f"--nproc_per_node={processes}",
+        "--master_port=0",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+        str(script),
+        json.dumps(options),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def equal_to_rounding(one, two, student):
+def largest_difference(a, b):
+    "Between two sets of weights"
+    return max((a[name] - b[name]).abs().max() for name in a)
+
+
+def assert_equal_to_rounding(one, two, student):
     "Losses and gradient norms within 1e-3, weights within a hundredth of what the training moved"
     for a, b in zip(history(one / "checkpoint-6"), history(two / "checkpoint-6"), strict=True):
-        assert all(
-            abs(a[name] / b[name] - 1) < 1e-3 for name in ("loss", "kl", "ce", "grad_norm")
-        ), (a, b)
-    a, b, before = weights(one / "final"), weights(two / "final"), weights(student)
-    moved = max((a[name] - before[name]).abs().max() for name in a)
-    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-2 * moved and moved > 1e-3
-    return a, b
+        for name in ("loss", "kl", "ce", "grad_norm"):
+            assert abs(a[name] / b[name] - 1) < 1e-3, (name, a, b)
+    ended = weights(one / "final")
+    moved = largest_difference(ended, weights(student))
+    assert moved > 1e-3
+    assert largest_difference(ended, weights(two / "final")) < 1e-2 * moved
 
 
 @pytest.fixture(scope="module")
 def one(student, tmp_path_factory):
     "The run in one process"
-    options = settings(
-        student, tmp_path_factory.mktemp("one") / "run", per_device_train_batch_size=4
-    )
-    finish(options)
-    return Path(options["output_dir"])
+    output = tmp_path_factory.mktemp("one") / "run"
+    finish(settings(student, output, per_device_train_batch_size=4))
+    return output
 
 
 def test_two_processes_equal_one(student, one, tmp_path):
-    options = settings(student, tmp_path / "two", per_device_train_batch_size=2)
-    launch(options, 2)
-    two = Path(options["output_dir"])
-    equal_to_rounding(one, two, student)
-    for layer in range(
-        4
-    ):  # the block-wise stage is the same computation, whichever process does it
-        assert (one / "blocks" / f"layer_{layer}.safetensors").read_bytes() == (
-            two / "blocks" / f"layer_{layer}.safetensors"
-        ).read_bytes()
-    assert {path.name for path in (two / "checkpoint-6").glob("rng_state*")} == {
-        "rng_state_0.pth",
-        "rng_state_1.pth",
-    }
+    "The block-wise stage is the same computation, whichever process does it; the global one is equal to rounding"
+    two = tmp_path / "two"
+    launch(settings(student, two, per_device_train_batch_size=2), 2)
+    assert_equal_to_rounding(one, two, student)
+    for layer in range(4):
+        file = Path("blocks") / f"layer_{layer}.safetensors"
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+    random_states = {path.name for path in (two / "checkpoint-6").glob("rng_state*")}
+    assert random_states == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
 @pytest.mark.slow
 def test_sharded_processes_equal_one(student, one, tmp_path):
     "FSDP2 over two processes: the same training, complete checkpoints, and a resume that gives the same weights"
-    options = settings(student, tmp_path / "sharded", per_device_train_batch_size=2)
+    output = tmp_path / "sharded"
+    options = settings(student, output, per_device_train_batch_size=2)
     launch(options, 2, **fsdp2())
-    output = Path(options["output_dir"])
-    _, ended = equal_to_rounding(one, output, student)
-    assert verify_directory(output / "checkpoint-3") and not list(
-        (output / "checkpoint-3").glob("pytorch_model*")
-    )
-    for path in (output / "final", output / "checkpoint-6"):
-        shutil.rmtree(path)
+    assert_equal_to_rounding(one, output, student)
+    verify_directory(output / "checkpoint-3")
+    assert not list((output / "checkpoint-3").glob("pytorch_model*"))
+    shutil.move(output / "final", tmp_path / "ended")
+    shutil.rmtree(output / "checkpoint-6")
     launch(options, 2, **fsdp2())
-    resumed = weights(output / "final")
-    assert all(torch.equal(value, resumed[name]) for name, value in ended.items())
+    assert_same(output / "final", tmp_path / "ended")

@@ -1,4 +1,5 @@
 "Documents of the local tasks: lm-eval calls these functions from the yaml files beside them."
+
 from datasets import Dataset
 
 from moe_nb.tiny import next_word_items, tiny_text
