@@ -275,9 +275,7 @@ def shard_places(
         keys = opened.get_tensor("keys")
         stops = opened.get_tensor("tokens").cumsum().tolist()
     starts = [0, *stops]
-    return {
-        bytes(key): Place(name, start, stop) for key, start, stop in zip(keys, starts, stops)
-    }
+    return {bytes(key): Place(name, start, stop) for key, start, stop in zip(keys, starts, stops)}
 
 # %% ../nbs/41_targets.ipynb #d290206b
 class OfflineTargets:
@@ -342,9 +340,7 @@ def capture_batch(
     head = output_head(teacher)
     hidden_BLd = teacher.base_model(ids_BL.to(teacher.device), use_cache=False).last_hidden_state
     hidden_Td = hidden_BLd[:, :-1].flatten(0, 1).to(head.weight_Vd.device)
-    draws = [
-        sequence_draws(sequence_key(ids_L), len(ids_L) - 1, settings.seed) for ids_L in ids_BL
-    ]
+    draws = [sequence_draws(sequence_key(ids_L), len(ids_L) - 1, settings.seed) for ids_L in ids_BL]
     draws_T = torch.cat(draws).to(hidden_Td.device)
     chunk = chunk_tokens(head.weight_Vd)
     records = []
