@@ -659,7 +659,7 @@ def test_a_hundred_kills(students, tmp_path, record_property):
             process.join()
         kills += 1
         results_at_kill.append(len(rows(run)))
-        assert scores(run) == expected[: len(rows(run))]
+        assert scores(run) == expected[: len(rows(run))], log(run)[-3000:]
     finish(run, config())
     assert scores(run) == expected and not queued(run / "eval_queue") and not work(run, "*")
     until(lambda: not workers(tmp_path), 30)
