@@ -34,7 +34,8 @@ SCRIPTS = [*sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / ".ci").glob("
 GENERATED = sorted(filter(is_generated, (ROOT / "moe_nb").glob("*.py")))
 ALLOWED = {
     *("nbs", "moe_nb", "tests", ".ci", ".github"),
-    *("settings.ini", "setup.py", "constraints.txt", "MANIFEST.in", "Makefile", "ruff.toml"),
+    *("settings.ini", "setup.py", "MANIFEST.in", "Makefile", "ruff.toml"),
+    *("constraints.txt", "constraints-oldest.txt"),
     *("README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md"),
     *(".gitignore", ".gitattributes"),
 }
