@@ -33,6 +33,7 @@ from transformers.modeling_utils import (
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # %% ../nbs/04_hf_names.ipynb #47a1942c

@@ -18,12 +18,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
-from transformers.utils import cached_file
 
 from .checkpoint import INDEXES
 from .experts import read_experts
 from .fit import directions_to_find, fit_operations, make_group
-from .hf_names import bare_model
+from .hf_names import bare_model, cached_file
 from moe_nb.layer import (
     CompressionConfig,
     check_work,

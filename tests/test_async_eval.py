@@ -21,6 +21,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import harness
+from harness import start_function, until
 from moe_nb import async_eval, eval_worker, resume
 from moe_nb.async_eval import CheckpointEvaluator, EvaluationFolder
 from moe_nb.checkpoint import save_compressed_model
@@ -175,16 +177,18 @@ def named(request, record_property):
     record_property("fault", request.function.__doc__)
 
 
+def log_file(run):
+    "Where the evaluators of `run` write to"
+    return run.parent / "log.txt"
+
+
 def log(run):
     "What the evaluators of `run` wrote"
-    return (run.parent / "log.txt").read_text()
+    return log_file(run).read_text()
 
 
-def child(run, configuration, prepare):
-    "An evaluator that writes to a log"
-    sys.stdout = sys.stderr = open(run.parent / "log.txt", "a", buffering=1)
-    for standard in (1, 2):
-        os.dup2(sys.stderr.fileno(), standard)
+def evaluate(run, configuration, prepare):
+    "What an evaluator does; its log goes where it prints to"
     logging.basicConfig(stream=sys.stderr, force=True)
     prepare()
     with async_eval.ending_orderly():
@@ -193,16 +197,12 @@ def child(run, configuration, prepare):
 
 def start(run, configuration, prepare=lambda: None):
     "An evaluator in a process of its own; `prepare` runs there first"
-    process = FORK.Process(target=child, args=(run, configuration, prepare))
-    process.start()
-    return process
+    return start_function(evaluate, run, configuration, prepare, log=log_file(run))
 
 
 def finish(run, configuration, prepare=lambda: None):
     "An evaluator that must end well"
-    process = start(run, configuration, prepare)
-    process.join(300)
-    assert process.exitcode == 0, log(run)[-3000:]
+    harness.finish(start(run, configuration, prepare), log_file(run), seconds=300)
 
 
 def workers(run):
@@ -218,18 +218,9 @@ def workers(run):
     return [path.parent.name for path in found if str(run).encode() in command(path)]
 
 
-def until(condition, seconds=60):
-    "Wait for it"
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.001)
-
-
 def kill(process, run):
     "kill -9 of the evaluator alone; its worker must follow by itself"
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    harness.kill(process, alone=True)
     until(lambda: not workers(run), 30)  # at once, or when it has imported what it needs to notice
 
 
@@ -376,7 +367,10 @@ def test_trainer_killed_during_publish(run, reference, unharmed, record_property
     trainer.start()
     trainer.join()
     assert trainer.exitcode == -signal.SIGKILL
-    half_published = [*queue.glob(".tmp-6-*/*"), *queue.glob(".tmp-6-*/*/*")]
+    half_published = [
+        *queue.glob(".step-00000006.tmp-*/*"),
+        *queue.glob(".step-00000006.tmp-*/*/*"),
+    ]
     assert len(half_published) >= 5
     until(lambda: len(rows(run)) == 2, 300)
     time.sleep(1)
@@ -433,7 +427,7 @@ def test_corrupted_shard(run, reference, unharmed, record_property):
 # What lm-eval may do
 
 
-def harness(run, fault, **changes):
+def harness_tasks(run, fault, **changes):
     "A configuration with a task of lm-eval that goes wrong the first time"
     folder = run.parent / "tasks"
     folder.mkdir()
@@ -468,7 +462,7 @@ def check_harness(run, settings):
 @pytest.mark.slow
 def test_lm_eval_raises(run, unharmed, record_property):
     "lm-eval raises in the second task"
-    settings = harness(run, "raise RuntimeError('no such luck')", backoff=1.0)
+    settings = harness_tasks(run, "raise RuntimeError('no such luck')", backoff=1.0)
     process = start(run, settings)
     until(lambda: work(run, "*/task-0.json"), 120)
     (first_task,) = work(run, "*/task-0.json")
@@ -484,7 +478,7 @@ def test_lm_eval_raises(run, unharmed, record_property):
 @pytest.mark.slow
 def test_lm_eval_hangs(run, unharmed, record_property):
     "lm-eval hangs"
-    settings = harness(run, "time.sleep(10**6)", timeout=45)
+    settings = harness_tasks(run, "time.sleep(10**6)", timeout=45)
     finish(run, settings)
     assert "no result after 45 s" in log(run) and not workers(run)
     record_property("outcome", check_harness(run, settings))

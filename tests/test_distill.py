@@ -1,11 +1,8 @@
 "Distillation in processes of its own: killed and resumed, two instead of one, sharded."
 
 import json
-import multiprocessing
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +13,8 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+import harness
+from harness import kill_and_resume, shares, start_function
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model, verify_directory
 from moe_nb.compress import compress_model
 from moe_nb.distill import DistillationConfig, distill
@@ -31,6 +30,7 @@ from moe_nb.tiny import load_tiny, tiny_path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "nbs" / "experiments"
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -93,32 +93,14 @@ def log_of(options):
     return Path(options["output_dir"]).parent / "log.txt"
 
 
-def child(options):
-    "A run, in a session of its own"
-    os.setsid()
-    with open(log_of(options), "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        distill(DistillationConfig(**options))
-
-
 def start(options):
-    "A process that runs"
-    process = multiprocessing.get_context("fork").Process(target=child, args=(options,))
-    process.start()
-    return process
-
-
-def assert_succeeded(process, options):
-    "The process ended well; else its last words"
-    assert process.exitcode == 0, log_of(options).read_text()[-3000:]
+    "A run in a process of its own"
+    return start_function(lambda: distill(DistillationConfig(**options)), log=log_of(options))
 
 
 def finish(options):
     "A run from where it is to its end"
-    process = start(options)
-    process.join(600)
-    assert_succeeded(process, options)
+    harness.finish(start(options), log_of(options))
 
 
 def assert_complete(output):
@@ -143,32 +125,32 @@ def test_kill_at_any_moment_and_resume(student, tmp_path):
     finish(settings(student, reference, **run))
     seconds = time.time() - begun
 
-    draw = random.Random(0)
-    kills, begins, seen = 0, 0, set()
-    while kills < 20:
-        if (output / "final").exists():  # finished before the last kill: from the start again
-            assert_same(output / "final", reference / "final")
-            shutil.rmtree(output)
-            begins += 1
-        process = start(options)
-        process.join(draw.uniform(0.05, 0.9) * seconds)
-        if not process.is_alive():
-            assert_succeeded(process, options)
-            continue
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
+    seen = set()
+
+    def start_over():
+        assert_same(output / "final", reference / "final")
+        shutil.rmtree(output)
+
+    def after_kill():
         assert_complete(output)
         found = checkpoints(output)
         seen.add(found[-1].name if found else None)
 
-    finish(options)
+    begins = kill_and_resume(
+        lambda: start(options),
+        log=log_of(options),
+        delay=shares(seconds, 0.05, 0.9),
+        is_done=(output / "final").exists,
+        start_over=start_over,
+        after_kill=after_kill,
+        kills=KILLS,
+    )
     assert len(seen) > 5, f"the kills all fell on {seen}"
     assert_same(output / "final", reference / "final")
     assert not list(output.glob(".*"))
     assert (output / "eval_queue" / "TRAINING_DONE").is_file()
     assert len(list((output / "eval_queue").glob("step-*"))) == 40
-    print(f"{kills} kills, at {sorted(map(str, seen))}, {begins} new beginnings")
+    print(f"{KILLS} kills, at {sorted(map(str, seen))}, {begins} new beginnings")
 
 
 # Two processes

@@ -277,6 +277,35 @@ def test_numbers_of_readme_are_those_of_a_run(monkeypatch):
 
 
 @pytest.mark.slow
+def test_oldest_versions_pass_the_fast_tests(copy):
+    "The versions that settings.ini declares as the oldest, in an environment of their own"
+    for item in ("tests", ".ci", "Makefile", "constraints-oldest.txt", "ruff.toml"):
+        source = ROOT / item
+        if source.is_dir():
+            shutil.copytree(source, copy / item, ignore=NO_CACHES)
+        else:
+            shutil.copy(source, copy / item)
+    result = subprocess.run(["make", "test-oldest"], cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+def test_oldest_versions_are_those_that_are_declared():
+    "constraints-oldest.txt pins the lower bound of every requirement in settings.ini"
+    declared = re.search(
+        r"^requirements = (.*?)^#", (ROOT / "settings.ini").read_text(), re.M | re.S
+    )[1]
+    lowest = dict(re.findall(r"^\s*([\w-]+)>=([\d.]+)", declared, re.M))
+    pinned = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints-oldest.txt").read_text(), re.M)
+    )
+    assert lowest.keys() <= pinned.keys()
+    for name, version in lowest.items():
+        assert pinned[name].startswith(version), (
+            f"{name}: {version} is declared, {pinned[name]} is tested"
+        )
+
+
+@pytest.mark.slow
 def test_blocks_of_readme_run_in_order(copy):
     "All that README shows, pasted into one shell; `make`, which would install and test again, is left out"
     readme = (copy / "README.md").read_text(encoding="utf-8")
