@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .checkpoint import write_json
 from .distill import RUN
 from moe_nb.eval_queue import (
     Candidate,
@@ -38,19 +39,12 @@ from moe_nb.eval_queue import (
     settings_digest,
     sole_evaluator,
 )
-from moe_nb.eval_worker import (
-    WorkerError,
-    attempt,
-    backend_of,
-    end_with_parent,
-    read_json,
-    write_json,
-)
+from .eval_worker import WorkerError, attempt, backend_of, end_with_parent, read_json
 from .evaluate import record_scores
 from .files import append_line, discard, install_directory, mend_lines, read_lines
 from .hf_names import broadcast_object_list
 from .model_card import shown_name
-from .resume import DONE
+from .resume import DONE, MANIFEST
 
 # %% ../nbs/53_async_eval.ipynb #369c63dc
 @cache
@@ -187,9 +181,9 @@ def settle(folder: EvaluationFolder, subject: Candidate) -> None:
         if (best.get("step"), best.get("sha256")) == (subject.step, subject.identity):
             scores = card_scores(folder.find(subject))
             record_scores(entry, scores, watch_command(folder))
-            install_directory(entry, folder.path / "best")
+            install_directory(entry, folder.path / "best", MANIFEST)
         else:
-            discard(entry)
+            discard(entry, MANIFEST)
     shutil.rmtree(folder.work(subject), ignore_errors=True)
 
 
@@ -203,7 +197,7 @@ def quarantine(
     folder.aside.mkdir(parents=True, exist_ok=True)
     (folder.aside / f"{name}.txt").write_text(problem)
     if entry is not None:
-        install_directory(entry, folder.aside / name)
+        install_directory(entry, folder.aside / name, MANIFEST)
     logging.getLogger(__name__).error("%s goes to quarantine: %s", name, problem)
 
 # %% ../nbs/53_async_eval.ipynb #aa39289e
@@ -221,8 +215,8 @@ def recover(folder: EvaluationFolder) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     mend_lines(folder.results)
     folder.derive_best()
-    for leftover in folder.queue.glob(".step-*.old"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.queue.glob(".step-*.old*"):
+        discard(leftover, MANIFEST)
     waiting = reference_models(folder.run, folder.config)
     for entry in queued(folder.queue).values():
         subject = admit(folder, entry)
@@ -271,7 +265,7 @@ class CheckpointEvaluator:
         waiting = queued(self.folder.queue)
         step, passed = select(list(waiting), self.config.backlog, done)
         for other in passed:
-            discard(waiting[other])
+            discard(waiting[other], MANIFEST)
         if step is None:
             return None
         subject = admit(self.folder, waiting[step])

@@ -176,7 +176,11 @@ def file_list(folder: Path) -> dict[str, dict]:
     return files
 
 
-def write_metadata(folder: Path, config: SharedCoreConfig) -> None:
+def write_metadata(
+    folder: Path,  # With everything else in it
+    config: SharedCoreConfig,
+    job: dict | None = None,  # What was asked for, to recognise it again
+) -> None:
     "Write `compressed_metadata.json`: what was compressed, and every file. Its presence means complete: it comes last."
     layers = {}
     for module, layer in layer_folders(list(config.modules)).items():
@@ -188,6 +192,8 @@ def write_metadata(folder: Path, config: SharedCoreConfig) -> None:
         layers=layers,
         files=file_list(folder),
     )
+    if job is not None:
+        metadata["job"] = job
     write_json(folder / METADATA, metadata)
 
 # %% ../nbs/31_checkpoint.ipynb #3878fcad
@@ -207,7 +213,7 @@ def write_card(
 # %% ../nbs/31_checkpoint.ipynb #81548541
 def save_compressed_model(
     model: nn.Module,  # A compressed model
-    path: str | Path,  # New directory, or an older one of ours, which is replaced
+    path: str | Path,  # New directory, or an older one of ours: what others put there is kept
     tokenizer=None,  # Saved with it
     *,
     weights_format: str | None = None,  # "safetensors" or "pt"; None: as it was loaded

@@ -39,6 +39,7 @@ from moe_nb.files import (
     check_output,
     read_tensors,
     replace_tensors,
+    resolved_output,
     sha256,
     share,
 )
@@ -357,7 +358,7 @@ def run_identity(config: DistillationConfig) -> dict:
 
 def check_run(config: DistillationConfig) -> None:
     "Raise unless `output_dir` is free or holds this very run."
-    check_output(Path(config.output_dir), RUN)
+    check_output(resolved_output(config.output_dir), RUN)
     record = Path(config.output_dir) / RUN
     if not record.is_file():
         return
@@ -524,9 +525,11 @@ def write_result(
         model.config.quantization_config.compression["distillation"] = run_identity(config)
         save_compressed_model(model, final, tokenizer)
         return
-    with atomic_directory(final, "config.json") as folder:
+    with atomic_directory(final, RUN) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        files = sorted(path.name for path in folder.iterdir())
+        (folder / RUN).write_text(json.dumps(dict(run_identity(config), files=files), indent=2))
 
 # %% ../nbs/44_distill.ipynb #faf751d6
 def check_teacher(

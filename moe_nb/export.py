@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['EXPORT_RECORD', 'ExportLayout', 'stored_tensors', 'plain_model', 'hub_tensors', 'hub_shapes', 'places_of_own',
            'places_in_rows', 'expert_places', 'hub_state', 'export_layout', 'expert_weights', 'part_weights',
-           'write_part', 'tensor_places', 'begin_export', 'finish_export', 'export_to_hf_format']
+           'write_part', 'tensor_places', 'describe_export', 'begin_export', 'write_export_record', 'finish_export',
+           'write_parts', 'export_to_hf_format']
 
 # %% ../nbs/33_export.ipynb #2e651757
 import copy
 import json
-import os
+import logging
 import pickle
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,9 +34,12 @@ from moe_nb.files import (
     complete_job,
     finish_piece,
     finished_piece,
+    is_finished,
     processes,
+    resolved_output,
     sha256,
     share,
+    sole_writer,
     work_folder,
 )
 from .hf_format import empty_experts
@@ -297,15 +303,24 @@ def tensor_places(
 EXPORT_RECORD = "moe_nb_export.json"
 
 
+def describe_export(
+    compressed: Path,  # The directory that is exported
+    dtype: torch.dtype | str | None,  # None: as stored
+    max_shard_size: str,  # As in "5GB"
+) -> dict:
+    "What makes two exports the same."
+    options = dict(dtype=str(dtype), max_shard_size=max_shard_size)
+    return dict(compressed=sha256(compressed / METADATA), options=options)
+
+
 def begin_export(
     layout: ExportLayout,
-    compressed: Path,  # The directory that is exported
     output: Path,
-    options: dict,  # That a run must share with the one it goes on with
+    job: dict,  # Of `describe_export`
 ) -> None:
     "Make the shards of `output` at full size, still without data, unless they are there."
-    job = dict(compressed=sha256(compressed / METADATA), options=options)
-    work = begin_job(output, job)
+    begin_job(output, job)
+    work = work_folder(output)
     if finished_piece(work, "shards"):
         return
     for file, tensors in layout.shapes.items():
@@ -313,14 +328,27 @@ def begin_export(
     finish_piece(work, "shards", [], {})
 
 # %% ../nbs/33_export.ipynb #6c7dbd20
+def write_export_record(
+    folder: Path,  # With everything else in it
+    compression: dict,  # How the model was made
+    job: dict,  # Of `describe_export`
+) -> None:
+    "How the model was made, which export this is, and which files belong to it; it comes last."
+    files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    described = dict(compression, job=job, files=files)
+    (folder / EXPORT_RECORD).write_text(json.dumps(described, indent=2))
+
+
 def finish_export(
     layout: ExportLayout,
-    folder: Path,  # Of the shards, written
     compressed: Path,  # The directory that is exported
-    output: Path,  # What `folder` becomes
+    output: Path,  # What the result becomes
+    *,
     tokenizer,  # None: there is none
+    job: dict,  # Of `describe_export`
 ) -> None:
     "Write everything but the weights."
+    folder = work_folder(output) / "result"
     # in a folder of their own first: save_pretrained removes shards that it did not write
     configs = folder.parent / "records"
     layout.model.save_pretrained(configs, state_dict={})
@@ -331,33 +359,18 @@ def finish_export(
         (folder / INDEXES["safetensors"]).write_text(f"{index}\n")
     compression = json.loads((compressed / "compression_config.json").read_text())
     statistics = yaml.safe_load((compressed / "compression_statistics.yaml").read_text()) or {}
-    (folder / EXPORT_RECORD).write_text(json.dumps(compression, indent=2))
-    write_card(folder, output, compression, statistics, exported=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    write_export_record(folder, compression, job)
+    write_card(folder, output, compression, statistics, exported=True)
 
 # %% ../nbs/33_export.ipynb #3847bcb3
-@torch.no_grad()
-def export_to_hf_format(
-    compressed_path: str | Path,  # A compressed directory
-    original_model_name: str | None,  # Path or hub id, for what the directory lacks
-    output_path: str | Path,  # New directory, or an older export, which is replaced
-    *,
-    dtype: torch.dtype | str | None = None,  # None: as stored
-    max_shard_size: str = "5GB",  # Of each file of weights
-) -> Path:
-    """Write a standard checkpoint with hub tensor names, with the memory of one layer; atomic. Returns `output_path`.
-
-    `FileExistsError` where `output_path` is anything but an older export."""
-    state = processes()
-    compressed, output = Path(compressed_path), Path(os.path.abspath(output_path))
-    check_output(output, EXPORT_RECORD)
-    verify_directory(compressed, hashes=state.is_main_process)
-    layout = export_layout(compressed, dtype, max_shard_size)
-    if state.is_main_process:
-        options = dict(dtype=str(dtype), max_shard_size=max_shard_size)
-        begin_export(layout, compressed, output, options)
-    state.wait_for_everyone()
+def write_parts(
+    layout: ExportLayout,
+    output: Path,  # That they are part of
+    state: PartialState,  # The processes that share the work
+) -> None:
+    "Write the parts of this process that are not written, and wait for the others."
     work, places = work_folder(output), tensor_places(layout.shapes)
     mine = share(layout.parts, state)
     if state.is_main_process:
@@ -367,9 +380,39 @@ def export_to_hf_format(
             spans, checksum = write_part(layout, part, work / "result", places)
             finish_piece(work, part, spans, {}, checksum)
     state.wait_for_everyone()
-    if state.is_main_process:
-        tokenizer = find_tokenizer(compressed, original_model_name)
-        finish_export(layout, work / "result", compressed, output, tokenizer)
-        complete_job(output)
-    state.wait_for_everyone()
+
+
+@torch.no_grad()
+def export_to_hf_format(
+    compressed_path: str | Path,  # A compressed directory
+    original_model_name: str | None,  # Path or hub id, for what the directory lacks
+    output_path: str | Path,  # New directory
+    *,
+    dtype: torch.dtype | str | None = None,  # None: as stored
+    max_shard_size: str = "5GB",  # Of each file of weights
+    overwrite: bool = False,  # Whether an older export may be replaced; what others put there is kept
+) -> Path:
+    """Write a standard checkpoint with hub tensor names, with the memory of one layer; atomic. Returns `output_path`.
+
+    The same export again is done at once. `FileExistsError` where `output_path` holds anything else, `ValueError` while
+    another process writes it."""
+    state = processes()
+    compressed, output = Path(compressed_path), resolved_output(output_path)
+    check_output(output, EXPORT_RECORD)
+    verify_directory(compressed, hashes=state.is_main_process)
+    job = describe_export(compressed, dtype, max_shard_size)
+    if is_finished(output, EXPORT_RECORD, job, overwrite):
+        logging.getLogger(__name__).warning("%s is complete already: nothing was done", output)
+        return Path(output_path)
+    layout = export_layout(compressed, dtype, max_shard_size)
+    with sole_writer(output) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            begin_export(layout, output, job)
+        state.wait_for_everyone()
+        write_parts(layout, output, state)
+        if state.is_main_process:
+            tokenizer = find_tokenizer(compressed, original_model_name)
+            finish_export(layout, compressed, output, tokenizer=tokenizer, job=job)
+            complete_job(output, EXPORT_RECORD)
+        state.wait_for_everyone()
     return Path(output_path)

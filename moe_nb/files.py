@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED_FILES', 'MARK', 'JOB', 'sync', 'whole_file', 'replace_text', 'write_tensors', 'replace_tensors',
-           'read_tensors', 'sha256', 'file_identity', 'append_line', 'read_lines', 'mend_lines', 'output_path',
+           'read_tensors', 'sha256', 'file_identity', 'append_line', 'read_lines', 'mend_lines', 'resolved_output',
            'check_writable', 'lock_file', 'sole_holder', 'sibling', 'sole_writer', 'check_output', 'own_files',
            'link_or_copy', 'keep_foreign', 'recover_old', 'install_directory', 'remove_leftovers', 'atomic_directory',
            'discard', 'work_folder', 'differences', 'read_job', 'job_text', 'start_job', 'begin_job', 'complete_job',
@@ -144,7 +144,7 @@ def mend_lines(file: Path) -> None:
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 # %% ../nbs/02_files.ipynb #3e5f7cf4
-def output_path(path: str | Path) -> Path:
+def resolved_output(path: str | Path) -> Path:
     """The absolute path that an output goes to: `~` expanded, links followed.
 
     Raises `ValueError` for a mount point and for the working directory, which a rename can not replace."""
@@ -199,20 +199,29 @@ def lock_file(path: Path, doing: str):
     return file
 
 
+_HELD: set[Path] = set()  # Locks of this process: what holds one may call what takes it
+
+
 @contextmanager
 def sole_holder(
     path: Path,  # Of the lock
     doing: str,  # For the message, as in "runs/a is being evaluated"
 ) -> Iterator[None]:
     "Within the block this process holds the lock at `path`; `ValueError` when another one does."
+    path = path.absolute()
+    if path in _HELD:
+        yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(path, doing) as file:
         file.truncate(0)
         file.write(f"moe_nb {os.getpid()}")
         file.flush()
+        _HELD.add(path)
         try:
             yield
         finally:
+            _HELD.discard(path)
             path.unlink(missing_ok=True)
 
 # %% ../nbs/02_files.ipynb #d64bdeda
@@ -304,6 +313,8 @@ def install_directory(
 ) -> None:
     "Flush `finished` to disk and rename it to `path`. What others put into a directory that was there goes on into it."
     recover_old(path, marker)
+    if not (path / marker).is_file():
+        check_output(path, marker)
     replaces = (path / marker).is_file()
     if replaces:
         keep_foreign(path, finished, marker)
@@ -331,7 +342,7 @@ def remove_leftovers(path: Path) -> None:
 @contextmanager
 def atomic_directory(path: str | Path, marker: str) -> Iterator[Path]:
     "Yield an empty directory beside `path`; when the block succeeds it becomes `path` by a rename, else it is removed."
-    path = output_path(path)
+    path = resolved_output(path)
     check_output(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     with sole_writer(path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINER_STATE', 'STAGING', 'MANIFEST', 'DONE', 'stored_model', 'checkpoint_step', 'checkpoints', 'newest_checkpoint',
-           'rotate', 'CompleteTrainer', 'model_files', 'link', 'publish', 'CompressedModelSaveCallback']
+           'rotate', 'CompleteTrainer', 'model_files', 'publish', 'CompressedModelSaveCallback']
 
 # %% ../nbs/42_resume.ipynb #bbcaf448
 import json
@@ -32,7 +32,15 @@ from moe_nb.checkpoint import (
     save_compressed_model,
     verify_directory,
 )
-from .files import atomic_directory, discard, install_directory, replace_text, sha256
+from moe_nb.files import (
+    MARK,
+    atomic_directory,
+    discard,
+    install_directory,
+    link_or_copy,
+    replace_text,
+    sha256,
+)
 from .hf_names import TrainOutput
 from .shared_core import compressed_experts
 
@@ -90,7 +98,9 @@ def rotate(
     limit: int | None,  # Checkpoints to keep; None: all
     best: str | None,  # The checkpoint of the best model
 ) -> None:
-    "Keep the `limit` newest checkpoints of `folder`, always the newest and the `best`; by number, not by date."
+    """Keep the `limit` newest checkpoints of `folder`, always the newest and the `best`; by number, not by date.
+
+    Only those that carry our mark go: a directory that somebody else called `checkpoint-1` stays."""
     found = checkpoints(folder)
     kept = [path for path in found if best is not None and path == Path(best)]
     others = [path for path in reversed(found) if path not in kept]
@@ -98,7 +108,7 @@ def rotate(
     kept += others[:room]
     for path in found:
         if path not in kept:
-            discard(path)
+            discard(path, MARK)
 
 # %% ../nbs/42_resume.ipynb #9defc3cf
 class CompleteTrainer(Trainer):
@@ -126,8 +136,8 @@ class CompleteTrainer(Trainer):
         output = Path(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            for leftover in (*output.glob(".checkpoint-*"), output / STAGING):
-                discard(leftover)
+            for leftover in (*output.glob(".checkpoint-*.old-*"), output / STAGING):
+                discard(leftover, MARK)
         self.accelerator.wait_for_everyone()
 
     def _finished(self, path, state):
@@ -146,6 +156,9 @@ class CompleteTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         staged, final = output / STAGING / name, output / name
         self._staging = staged.parent
+        if self.args.should_save:
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            (staged.parent / MARK).write_text("{}")
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -161,8 +174,10 @@ class CompleteTrainer(Trainer):
         for double in staged.glob("pytorch_model_fsdp*"):
             shutil.rmtree(double) if double.is_dir() else double.unlink()
         self.state.save_to_json(str(staged / TRAINER_STATE))
-        install_directory(staged, final)
-        staged.parent.rmdir()
+        files = [str(file.relative_to(staged)) for file in staged.rglob("*") if file.is_file()]
+        (staged / MARK).write_text(json.dumps(dict(files=sorted(files))))
+        install_directory(staged, final, MARK)
+        discard(staged.parent, MARK)
         rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -200,22 +215,21 @@ class CompleteTrainer(Trainer):
 
 # %% ../nbs/42_resume.ipynb #8c656025
 MANIFEST, DONE = "manifest.json", "TRAINING_DONE"
-_TRAINER_FILES = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args")
+_TRAINER_FILES = (
+    MARK,
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "trainer_state",
+    "training_args",
+)
 
 
 def model_files(checkpoint: Path) -> list[Path]:
     "The files of a `checkpoint-N` that belong to the model, not to the Trainer; relative to it."
     files = [path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file()]
     return sorted(file for file in files if not file.parts[0].startswith(_TRAINER_FILES))
-
-
-def link(source: Path, target: Path) -> None:
-    "A hard link; a copy where the file system can not link."
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 # %% ../nbs/42_resume.ipynb #4ae9a928
 def publish(checkpoint: Path, queue: Path) -> Path:
@@ -226,8 +240,9 @@ def publish(checkpoint: Path, queue: Path) -> Path:
         return final
     with atomic_directory(final, MANIFEST) as folder:
         for file in model_files(checkpoint):
-            link(checkpoint / file, folder / file)
-        manifest = {"step": step, "checkpoint": checkpoint.name}
+            link_or_copy(checkpoint / file, folder / file)
+        files = [str(file) for file in model_files(checkpoint)]
+        manifest = {"step": step, "checkpoint": checkpoint.name, "files": files}
         if is_compressed(folder):
             manifest["metadata_sha256"] = sha256(folder / METADATA)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -255,8 +270,8 @@ class CompressedModelSaveCallback(TrainerCallback):
             return
         queue = self._queue(args)
         (queue / DONE).unlink(missing_ok=True)
-        for leftover in queue.glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in queue.glob(".step-*.old*"):
+            discard(leftover, MANIFEST)
         for path in checkpoints(args.output_dir):
             if checkpoint_step(path) <= state.global_step:
                 publish(path, queue)

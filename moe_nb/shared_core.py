@@ -18,14 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from moe_nb.experts import (
-    PROJECTIONS,
-    find_experts,
-    gated,
-    layout_of,
-    routing,
-    write_experts,
-)
+from .experts import PROJECTIONS, find_experts, gated, layout_of, routing, write_experts
 from .hf_names import ALL_EXPERTS_FUNCTIONS, bare_model
 
 # %% ../nbs/11_shared_core.ipynb #2ec95fa4

@@ -7,14 +7,13 @@ __all__ = ['Place', 'OpenCheckpoint', 'open_checkpoint', 'StreamRun', 'describe_
            'LayerFit', 'fit_one', 'compress_layer', 'compress_layers', 'left_alone', 'rest_shapes', 'as_pickles',
            'copy_left_alone', 'copy_rest', 'sample_rest', 'run_statistics', 'remove_leftovers', 'insert_layers',
            'finish_run', 'load_aligned', 'layer_loaded', 'load_outside', 'calibrate_run', 'StoredCalibration',
-           'read_calibration', 'group_files', 'store_groups', 'StoredFit', 'fit_together', 'unpack_layer',
-           'compress_checkpoint']
+           'read_calibration', 'group_files', 'store_groups', 'StoredFit', 'fit_together', 'unpack_layer', 'begin_run',
+           'finished_statistics', 'compress_checkpoint']
 
 # %% ../nbs/35_stream.ipynb #4d5d17bc
-import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,9 +41,12 @@ from moe_nb.files import (
     complete_job,
     finish_piece,
     finished_piece,
+    is_finished,
     processes,
     replace_tensors,
+    resolved_output,
     share,
+    sole_writer,
     work_folder,
     write_tensors,
 )
@@ -455,7 +457,7 @@ def finish_run(
     write_records(model, described, run.result, weight_map, size)
     if run.tokenizer is not None:
         run.tokenizer.save_pretrained(run.result)
-    write_metadata(run.result, described)
+    write_metadata(run.result, described, describe_job(run))
     write_card(run.result, run.output, how, described.statistics)
 
 # %% ../nbs/35_stream.ipynb #6dc37fa0
@@ -614,11 +616,29 @@ def unpack_layer(
         record = read_record(run.files, calibration.indices[name], device)
     return LayerFit(cores, record, calibration.found[name]["unseen"])
 
+# %% ../nbs/35_stream.ipynb #8b3f32b4
+def begin_run(run: StreamRun) -> None:
+    "Begin the work, or go on with it; with data it comes to the end of the calibration."
+    if begin_job(run.output, describe_job(run)):
+        folders = run.folders.values()
+        done = sum(finished_piece(run.work, folder, verify=False) is not None for folder in folders)
+        logging.getLogger(__name__).warning(
+            "going on with the work in %s: %d of %d layers are done", run.work, done, len(folders)
+        )
+    if run.by_data:
+        calibrate_run(run)
+
+
+def finished_statistics(output: Path) -> CompressionStatistics:
+    "The statistics of a complete compressed directory; no time was spent on it now."
+    stored = yaml.safe_load((output / "compression_statistics.yaml").read_text())
+    return CompressionStatistics(**stored, seconds=0.0)
+
 # %% ../nbs/35_stream.ipynb #892baf5d
 @torch.no_grad()
 def compress_checkpoint(
     source: str | Path,  # Directory of a checkpoint, or a hub id
-    output: str | Path,  # New directory, or an older one of ours, which is replaced
+    output: str | Path,  # New directory
     config: CompressionConfig,
     calibration: Iterable[torch.Tensor]
     | None = None,  # 1-D token-id tensors that weight the fit of a ratio
@@ -626,15 +646,17 @@ def compress_checkpoint(
     tokenizer=None,  # Saved with it; None: that of the source
     weights_format: str = "safetensors",  # Or "pt"
     max_shard_size: str = "5GB",  # Of each file of weights
+    overwrite: bool = False,  # Whether an older result may be replaced; what others put there is kept
 ) -> CompressionStatistics:
     """Compress a checkpoint layer by layer, with the memory of one layer.
 
     A run that was killed is taken up again; several processes share the layers. Without `calibration` all directions
-    count alike."""
+    count alike. The same run again is done at once; `FileExistsError` where `output` holds anything else, `ValueError`
+    while another process writes it."""
     begun = time.time()
     state = processes()
     calibration = list(calibration or [])
-    output = Path(os.path.abspath(output))
+    output = resolved_output(output)
     if weights_format not in SUFFIXES:
         raise ValueError(
             f"weights_format must be one of {', '.join(SUFFIXES)}; got {weights_format!r}"
@@ -650,19 +672,21 @@ def compress_checkpoint(
         max_shard_size=max_shard_size,
         device=state.device,
     )
-    if state.is_main_process:
-        begin_job(output, describe_job(run))
-        if run.by_data:
-            calibrate_run(run)
-    state.wait_for_everyone()
-    fit = fit_together(run) if run.by_data else None
-    entries = compress_layers(run, fit)
-    statistics = run_statistics(run, entries, time.time() - begun)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish_run(run, entries, statistics)
-        complete_job(output)
-    state.wait_for_everyone()
+    if is_finished(output, METADATA, describe_job(run), overwrite):
+        logging.getLogger(__name__).warning("%s is complete already: nothing was done", output)
+        return finished_statistics(output)
+    with sole_writer(output) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            begin_run(run)
+        state.wait_for_everyone()
+        fit = fit_together(run) if run.by_data else None
+        entries = compress_layers(run, fit)
+        statistics = run_statistics(run, entries, time.time() - begun)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish_run(run, entries, statistics)
+            complete_job(output, METADATA)
+        state.wait_for_everyone()
     for name, entry in entries.items():
         statistics.layers[run.folders[name]]["seconds"] = entry["seconds"]  # returned, not stored
     return statistics
