@@ -24,7 +24,6 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from .checkpoint import write_json
 from .distill import RUN
 from moe_nb.eval_queue import (
     Candidate,
@@ -39,9 +38,17 @@ from moe_nb.eval_queue import (
     settings_digest,
     sole_evaluator,
 )
-from .eval_worker import WorkerError, attempt, backend_of, end_with_parent, read_json
+from .eval_worker import WorkerError, attempt, backend_of, end_with_parent
 from .evaluate import record_scores
-from .files import append_line, discard, install_directory, mend_lines, read_lines
+from moe_nb.files import (
+    append_line,
+    discard,
+    install_directory,
+    mend_lines,
+    read_json,
+    read_lines,
+    replace_json,
+)
 from .hf_names import broadcast_object_list
 from .model_card import shown_name
 from .resume import DONE, MANIFEST
@@ -106,7 +113,7 @@ class EvaluationFolder:
         "Write `best.json` anew, if there is a best checkpoint."
         best = best_of(self.rows(), self.config.metric)
         if best is not None:
-            write_json(self.best, best)
+            replace_json(self.best, best)
 
 # %% ../nbs/53_async_eval.ipynb #01fc7d3b
 def result_row(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'RESULT', 'REFUSED', 'OUTPUT', 'task_records', 'lm_eval_scores', 'text_perplexity', 'backend_of',
-           'model_to_score', 'end_with_parent', 'stand_back', 'task_files', 'write_json', 'read_json', 'find_scorer',
-           'run_job', 'main', 'worker_environment', 'start_process', 'end_group', 'last_lines', 'WorkerError',
-           'run_worker', 'check_record', 'read_result', 'attempt', 'chosen_answer', 'parity']
+           'model_to_score', 'end_with_parent', 'stand_back', 'task_files', 'replace_json', 'find_scorer', 'run_job',
+           'main', 'worker_environment', 'start_process', 'end_group', 'last_lines', 'WorkerError', 'run_worker',
+           'check_record', 'read_result', 'attempt', 'chosen_answer', 'parity']
 
 # %% ../nbs/52_eval_worker.ipynb #ee01a687
 import ctypes
@@ -39,7 +39,7 @@ from moe_nb.evaluate import (
     task_manager,
 )
 from .export import EXPORT_RECORD, export_to_hf_format
-from .files import replace_text
+from .files import read_json, replace_text
 from .statistics import versions
 from .text import named_texts
 
@@ -174,14 +174,9 @@ def task_files(folder: Path, tasks: list[str]) -> dict[str, Path]:
     return {task: folder / f"task-{number}.json" for number, task in enumerate(tasks)}
 
 
-def write_json(file: Path, value) -> None:
+def replace_json(file: Path, value) -> None:
     "Write `value` to `file` in one rename."
     replace_text(file, json.dumps(value))
-
-
-def read_json(file: Path):
-    "What `write_json` wrote."
-    return json.loads(file.read_text())
 
 # %% ../nbs/52_eval_worker.ipynb #2313b108
 def find_scorer(name: str) -> Callable:
@@ -203,7 +198,7 @@ def run_job(folder: Path) -> None:
     if left:
         scorer = find_scorer(config.scorer)
         for task, records in scorer(model_to_score(order, folder), left, config):
-            write_json(file_of[task], records)
+            replace_json(file_of[task], records)
     scored = {}
     for file in file_of.values():
         scored |= read_json(file)
@@ -213,7 +208,7 @@ def run_job(folder: Path) -> None:
         "seconds": round(time.monotonic() - begun, 3),
         "versions": versions("lm_eval", "torch", "transformers"),
     }
-    write_json(folder / RESULT, result)
+    replace_json(folder / RESULT, result)
 
 # %% ../nbs/52_eval_worker.ipynb #98c230c2
 def main(argv: list[str]) -> None:
@@ -224,7 +219,7 @@ def main(argv: list[str]) -> None:
     try:
         run_job(folder)
     except SettingsError as error:
-        write_json(folder / REFUSED, str(error))
+        replace_json(folder / REFUSED, str(error))
 
 # %% ../nbs/52_eval_worker.ipynb #2d6f294e
 #| eval: false
@@ -368,7 +363,7 @@ def attempt(
         "backend": backend_of(subject.model, config.use_export),
         "config": asdict(config),
     }
-    write_json(folder / ORDER, order)
+    replace_json(folder / ORDER, order)
     try:
         run_worker(folder, config)
         if (folder / REFUSED).is_file():
