@@ -67,8 +67,7 @@ def fit_model(
     Both by experts module; the factors by projection."""
     for module in tqdm(experts.values(), desc="aligning", unit="layer", leave=False):
         align_layer(module, config)
-    with torch.enable_grad():
-        moments = calibrate(model, calibration)
+    moments = calibrate(model, calibration)
     groups = model_groups(experts, config, moments)
     budget = config.ratio * sum(group.X_Emd.numel() for group in groups.values())
     fit_budget(list(groups.values()), budget, rounds=config.rounds, multiple=config.rank_multiple)
@@ -93,7 +92,8 @@ def compress_model(
     experts = selected_experts(model, config)
     check_work(experts, config, bool(calibration))
     check_sources(experts)
-    top_k, source = experts_per_token(model), fingerprint(model)
+    top_k = {name: experts_per_token(model, name) for name in experts}
+    source = fingerprint(model)
     together = config.by_budget and bool(calibration)
     fitted, unseen, records, step = {}, {}, {}, "fitting"
     if together:
@@ -107,12 +107,16 @@ def compress_model(
     )
     layers, folders = {}, layer_folders(list(experts))
     for name, original in tqdm(experts.items(), desc=step, unit="layer", leave=False):
-        with torch.enable_grad():
-            cores = fitted.pop(name) if together else fit_layer(original, config)
+        cores = fitted.pop(name) if together else fit_layer(original, config)
         compressed, errors = compressed_layer(original, cores, records.pop(name, None), config)
         model.set_submodule(name, compressed)
         layers[folders[name]] = layer_statistics(
-            name, original, compressed, top_k=top_k, errors=errors, unseen=unseen.get(name, [])
+            name,
+            original,
+            compressed,
+            top_k=top_k[name],
+            errors=errors,
+            unseen=unseen.get(name, []),
         )
     statistics = summarize(outside, layers, time.time() - start)
     if config.dtype:

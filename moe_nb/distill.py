@@ -262,7 +262,8 @@ def passes(
     "`names` in groups whose records fit into `memory` together."
     itemsize = teacher.dtype.itemsize
     states = 2 * teacher.config.get_text_config().hidden_size * itemsize  # Inputs and outputs
-    choices = experts_per_token(teacher) * (8 + itemsize)  # Which experts, and their weights
+    top_k = max((experts_per_token(teacher, name) for name in names), default=1)
+    choices = top_k * (8 + itemsize)  # Which experts, and their weights
     layer = tokens * (states + choices)
     size = max(1, int(memory * 1e9 / layer))
     return [names[start : start + size] for start in range(0, len(names), size)]

@@ -258,7 +258,7 @@ def fit_one(
         name,
         experts,
         compressed,
-        top_k=experts_per_token(run.checkpoint.model),
+        top_k=experts_per_token(run.checkpoint.model, name),
         errors=errors,
         unseen=fitted.unseen,
     )
