@@ -452,7 +452,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'moe_nb.fit.best_buys': ('fit.html#best_buys', 'moe_nb/fit.py'),
                             'moe_nb.fit.bundled_squares': ('fit.html#bundled_squares', 'moe_nb/fit.py'),
                             'moe_nb.fit.check_budget': ('fit.html#check_budget', 'moe_nb/fit.py'),
-                            'moe_nb.fit.dead_neurons': ('fit.html#dead_neurons', 'moe_nb/fit.py'),
                             'moe_nb.fit.directions_to_find': ('fit.html#directions_to_find', 'moe_nb/fit.py'),
                             'moe_nb.fit.find_directions': ('fit.html#find_directions', 'moe_nb/fit.py'),
                             'moe_nb.fit.fit_budget': ('fit.html#fit_budget', 'moe_nb/fit.py'),
