@@ -306,12 +306,17 @@ def check_budget(
     smallest: int,  # Numbers that have to be stored
     original: int,  # Numbers of the original
 ) -> None:
-    """Raise `ValueError` with the smallest possible ratio when the budget is below it.
+    """Raise `ValueError` with the smallest possible ratio when the budget is below it, or where no ratio below 1 is.
 
     >>> check_budget(10, 21, 100)
     Traceback (most recent call last):
     ValueError: ratio 0.1 is too small: the smallest possible is 0.2100
     """
+    if smallest >= original:
+        raise ValueError(
+            f"these experts can not be made smaller: at least {smallest:,} numbers have to be stored, "
+            f"the original has {original:,}"
+        )
     if budget < smallest:
         possible = math.ceil(10000 * smallest / original) / 10000  # rounded up, so that it works
         ratio = budget / original

@@ -183,14 +183,14 @@ def make_plan(
     device: str | torch.device = "cpu",  # Of each process
 ) -> Plan:
     "What `compress_checkpoint` will take; raises what it would raise before it starts."
-    if not config.by_budget:
-        raise ValueError(
-            "a plan needs a ratio and the closed form: the work of a given rank is not estimated"
-        )
     model = described_model(source)
     experts = selected_experts(model, config)
     calibrated = calibration_tokens > 0
     check_work(experts, config, calibrated)
+    if not config.by_budget:
+        raise ValueError(
+            "a plan needs a ratio and the closed form: the work of a given rank is not estimated"
+        )
     total = sum(parameter.numel() for parameter in model.parameters())
     before, after = planned_parameters(experts, config)
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
