@@ -124,6 +124,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'moe_nb.calibrate.activation': ('calibrate.html#activation', 'moe_nb/calibrate.py'),
                                   'moe_nb.calibrate.add_moments': ('calibrate.html#add_moments', 'moe_nb/calibrate.py'),
                                   'moe_nb.calibrate.calibrate': ('calibrate.html#calibrate', 'moe_nb/calibrate.py'),
+                                  'moe_nb.calibrate.check_head': ('calibrate.html#check_head', 'moe_nb/calibrate.py'),
                                   'moe_nb.calibrate.check_reached': ('calibrate.html#check_reached', 'moe_nb/calibrate.py'),
                                   'moe_nb.calibrate.check_sensitivity': ('calibrate.html#check_sensitivity', 'moe_nb/calibrate.py'),
                                   'moe_nb.calibrate.collect_moments': ('calibrate.html#collect_moments', 'moe_nb/calibrate.py'),

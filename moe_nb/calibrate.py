@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'NOTHING', 'PRIORS', 'Moments', 'activation', 'add_moments', 'check_reached', 'check_sensitivity',
-           'evaluation_mode', 'frozen', 'watched', 'squared_gradient', 'collect_moments', 'run_batches', 'shrunk_mean',
-           'metric_factor', 'log_likelihood', 'likeliest_prior', 'calibrate']
+           'check_head', 'evaluation_mode', 'frozen', 'watched', 'squared_gradient', 'collect_moments', 'run_batches',
+           'shrunk_mean', 'metric_factor', 'log_likelihood', 'likeliest_prior', 'calibrate']
 
 # %% ../nbs/20_calibrate.ipynb #27f261ef
 import math
@@ -128,6 +128,15 @@ def check_sensitivity(name: str, sensitivity: float) -> None:
         raise ValueError(
             f"{name}: the gradients at its output overflow or are NaN on the calibration tokens; "
             "load the model in bfloat16 or float32, or compress without calibration"
+        )
+
+# %% ../nbs/20_calibrate.ipynb #9feba493
+def check_head(model: nn.Module) -> None:
+    "Raise `ValueError` unless `model` puts out logits of tokens: calibration takes the gradient of their loss."
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head, so its loss can not be computed: "
+            "compress the model with its head, or compress without calibration"
         )
 
 # %% ../nbs/20_calibrate.ipynb #f3acf7cf

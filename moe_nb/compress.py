@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .calibrate import calibrate
+from .calibrate import calibrate, check_head
 from .experts import experts_per_token, layer_folders, read_experts
 from .fit import Group, fit_budget, pack_group
 from .hf_format import mark_compressed
@@ -91,6 +91,8 @@ def compress_model(
     start, calibration = time.time(), list(calibration or [])
     experts = selected_experts(model, config)
     check_work(experts, config, bool(calibration))
+    if calibration:
+        check_head(model)
     check_sources(experts)
     top_k = {name: experts_per_token(model, name) for name in experts}
     source = fingerprint(model)

@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
 
+from .calibrate import check_head
 from .checkpoint import INDEXES
 from .experts import read_experts
 from .fit import directions_to_find, fit_operations, make_group
@@ -187,6 +188,8 @@ def make_plan(
     experts = selected_experts(model, config)
     calibrated = calibration_tokens > 0
     check_work(experts, config, calibrated)
+    if calibrated:
+        check_head(model)
     if not config.by_budget:
         raise ValueError(
             "a plan needs a ratio and the closed form: the work of a given rank is not estimated"

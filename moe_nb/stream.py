@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from .calibrate import check_head
 from moe_nb.checkpoint import (
     METADATA,
     SUFFIXES,
@@ -131,6 +132,8 @@ def open_checkpoint(
     model.config._name_or_path = str(source)
     experts = selected_experts(model, config)
     check_work(experts, config, calibrated)
+    if calibrated:
+        check_head(model)
     compressed = sum(stored_parameters(module) for module in experts.values())
     return OpenCheckpoint(
         folder=folder,
