@@ -505,6 +505,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'moe_nb.hf_names.dequantize_blocks': ('hf_names.html#dequantize_blocks', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.drop_quantization': ('hf_names.html#drop_quantization', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.grouped': ('hf_names.html#grouped', 'moe_nb/hf_names.py'),
+                                 'moe_nb.hf_names.ignored_patterns': ('hf_names.html#ignored_patterns', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.is_packed': ('hf_names.html#is_packed', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.model_class': ('hf_names.html#model_class', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.packed_method': ('hf_names.html#packed_method', 'moe_nb/hf_names.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_class', 'bare_model', 'saving_conversions', 'split_conversions', 'renamed', 'converts', 'dequantize_blocks',
            'quantization_of', 'quantization_method', 'drop_quantization', 'is_packed', 'packed_method', 'quantizes',
-           'grouped']
+           'ignored_patterns', 'grouped']
 
 # %% ../nbs/04_hf_names.ipynb #2035e92d
 import torch
@@ -148,7 +148,7 @@ def packed_method(model: nn.Module) -> str:
     config = getattr(quantizer, "quantization_config", None)
     if config is None:
         config = getattr(getattr(model, "config", None), "quantization_config", None)
-    described = config if isinstance(config, dict) else vars(config or object())
+    described = config if isinstance(config, dict) else getattr(config, "__dict__", {})
     named = getattr(model, "quantization_method", None) or quantization_method(described)
     return str(getattr(named, "value", named) or f"{(packed or ['it'])[0]} is packed")
 
@@ -158,6 +158,12 @@ def quantizes(conversion) -> bool:
     operations = getattr(conversion, "operations", None) or []
     of_files = "transformers.integrations."
     return any(type(operation).__module__.startswith(of_files) for operation in operations)
+
+# %% ../nbs/04_hf_names.ipynb #87e31e26
+def ignored_patterns(model: nn.Module) -> list[str]:
+    "Regular expressions of the names that `from_pretrained` leaves out without a warning."
+    of_class = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return [*of_class, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
 
 # %% ../nbs/04_hf_names.ipynb #4f8fb48d
 def grouped(
