@@ -11,6 +11,8 @@ __all__ = ['Place', 'OpenCheckpoint', 'open_checkpoint', 'StreamRun', 'describe_
            'fit_together', 'unpack_layer', 'begin_run', 'finished_statistics', 'compress_checkpoint']
 
 # %% ../nbs/35_stream.ipynb #4d5d17bc
+import json
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from torch import nn
