@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['METADATA', 'EXTRA', 'SUFFIXES', 'INDEXES', 'projection_file', 'tensor_file', 'split_state', 'write_shards',
            'write_json', 'write_model_config', 'write_records', 'size_in_bytes', 'write_model_files', 'file_list',
-           'write_metadata', 'write_card', 'save_compressed_model', 'read_metadata', 'verify_file', 'verify_directory',
-           'offload_as_one', 'load_compressed_model', 'is_compressed', 'find_tokenizer']
+           'write_metadata', 'write_card', 'extra_files', 'carry_extra', 'save_compressed_model', 'read_metadata',
+           'verify_file', 'verify_directory', 'offload_as_one', 'load_compressed_model', 'is_compressed',
+           'find_tokenizer']
 
 # %% ../nbs/31_checkpoint.ipynb #599d2f4a
 import copy
 import json
+import logging
 import pickle
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,11 +26,18 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .experts import layer_folders
 from .files import atomic_directory, sha256, write_tensors
-from .hf_format import FORMAT_VERSION, SharedCoreConfig, mark_compressed
+from moe_nb.hf_format import (
+    FORMAT_VERSION,
+    SharedCoreConfig,
+    check_plain,
+    forget_source,
+    mark_compressed,
+)
 from moe_nb.hf_names import (
     AlignDevicesHook,
     PrefixedDataset,
     add_hook_to_module,
+    drop_quantization,
     model_class,
     remove_hook_from_module,
     remove_tied_weights_from_state_dict,
@@ -122,6 +132,7 @@ def write_model_config(
 ) -> None:
     "`config.json` of `model` with `config` in it, and its generation config, into `folder`."
     model_config = copy.deepcopy(model.config)
+    drop_quantization(model_config)
     model_config.dtype = str(model.dtype).removeprefix("torch.")
     model_config.architectures = [type(model).__name__]
     model_config.quantization_config = config
@@ -211,6 +222,28 @@ def write_card(
     text = card_text(old_text, compression, statistics, exported)
     (folder / CARD).write_text(text, encoding="utf-8")
 
+# %% ../nbs/31_checkpoint.ipynb #fcef78c3
+def extra_files(path: str | Path) -> list[Path]:
+    "Files of a compressed directory that hold tensors without a place in the model."
+    return sorted(Path(path).glob(f"{EXTRA}*.safetensors"))
+
+
+def carry_extra(model: nn.Module, folder: Path) -> None:
+    "Copy to `folder` what passes through, from the compressed directory that `model` was loaded from."
+    loaded_from = getattr(model, "_loaded_from", None)
+    if loaded_from is None:
+        return
+    origin = Path(loaded_from)
+    if not origin.is_dir():
+        said = "%s is gone: what it held beside the model, if anything, is not saved with it"
+        logging.getLogger(__name__).warning(said, origin)
+    if not (origin / METADATA).is_file():
+        return
+    listed = json.loads((origin / METADATA).read_text())["files"]
+    for file in extra_files(origin):
+        if file.name in listed:
+            shutil.copyfile(file, folder / file.name)
+
 # %% ../nbs/31_checkpoint.ipynb #81548541
 def save_compressed_model(
     model: nn.Module,  # A compressed model
@@ -226,7 +259,9 @@ def save_compressed_model(
         raise ValueError(
             "the model holds no compressed experts: use compress_model first, or save_pretrained"
         )
+    check_plain(model)
     if getattr(model, "hf_quantizer", None) is None:
+        forget_source(model)
         mark_compressed(model)
     config = copy.copy(model.config.quantization_config)
     config.weights_format = weights_format or config.weights_format
@@ -236,6 +271,7 @@ def save_compressed_model(
         )
     with atomic_directory(path, METADATA) as folder:
         write_model_files(model, config, folder, max_shard_size, state_dict)
+        carry_extra(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_metadata(folder, config)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['model_class', 'bare_model', 'saving_conversions', 'split_conversions', 'renamed', 'converts', 'dequantize_blocks',
-           'quantization_of', 'quantization_method', 'drop_quantization', 'is_packed', 'packed_method', 'quantizes',
-           'ignored_patterns', 'grouped']
+           'quantization_of', 'quantization_method', 'drop_quantization', 'says_tied', 'say_untied', 'is_packed',
+           'packed_parameters', 'quantizer_method', 'quantizes', 'ignored_patterns', 'grouped']
 
 # %% ../nbs/04_hf_names.ipynb #2035e92d
 import torch
@@ -131,6 +131,20 @@ def drop_quantization(config) -> None:
             if hasattr(part, name):
                 delattr(part, name)
 
+# %% ../nbs/04_hf_names.ipynb #0062137d
+def says_tied(model: nn.Module) -> bool:
+    "Whether the configuration of `model` has its head be the embedding, and its class heeds that."
+    parts = (model.config, model.config.get_text_config(decoder=True))
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
+    return tied and bool(getattr(model, "_tied_weights_keys", None))
+
+
+def say_untied(config) -> None:
+    "Let `config` and its part for text say that the head is not the embedding."
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
 # %% ../nbs/04_hf_names.ipynb #7631ebf5
 def is_packed(value: torch.Tensor) -> bool:
     "Whether a parameter holds weights in fewer than 16 bits."
@@ -139,18 +153,22 @@ def is_packed(value: torch.Tensor) -> bool:
     return by_class or in_bytes
 
 
-def packed_method(model: nn.Module) -> str:
-    "The name of the quantization that packs weights of `model` now; empty where all of them are plain."
-    packed = [name for name, value in model.named_parameters() if is_packed(value)]
+def packed_parameters(model: nn.Module) -> list[str]:
+    "Names of the parameters of `model` whose weights are packed."
+    return [name for name, value in model.named_parameters() if is_packed(value)]
+
+
+def quantizer_method(model: nn.Module) -> str:
+    "The name of the quantization that `model` is under; empty where it is under none."
     quantizer = getattr(model, "hf_quantizer", None)
-    if not packed and quantizer is None and not getattr(model, "is_quantized", False):
+    if quantizer is None and not getattr(model, "is_quantized", False):
         return ""
     config = getattr(quantizer, "quantization_config", None)
     if config is None:
         config = getattr(getattr(model, "config", None), "quantization_config", None)
     described = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-    named = getattr(model, "quantization_method", None) or quantization_method(described)
-    return str(getattr(named, "value", named) or f"{(packed or ['it'])[0]} is packed")
+    method = getattr(model, "quantization_method", None) or quantization_method(described)
+    return str(getattr(method, "value", method) or type(quantizer).__name__)
 
 
 def quantizes(conversion) -> bool:

@@ -40,6 +40,7 @@ from moe_nb.hf_names import (
     quantization_method,
     quantization_of,
     rename_source_key,
+    say_untied,
     split_conversions,
     str_to_torch_dtype,
 )
@@ -403,9 +404,7 @@ def advice(name: str, model: nn.Module) -> str:
     match = _LAYER.fullmatch(name)
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     if re.search(r"lora|adapter", name):
-        return (
-            "merge the adapter into the weights (merge_and_unload) and save the model, or remove it"
-        )
+        return "merge the adapter into the weights and save the model, or remove it"
     if re.search(r"scales?($|_inv$)|qweight|qzeros|absmax|quant|packed", name):
         return f"they look like those of a quantization that is not read: {_QUANTIZED}"
     if match and layers is not None and int(match["index"]) >= layers:
@@ -424,9 +423,10 @@ def extra_tensors(
     unknown = sorted(name for name in left if name not in passing)
     if unknown:
         shown, kind = ", ".join(unknown[:3]), type(model).__name__
+        what_to_do = dict.fromkeys(advice(name, model) for name in unknown)
         raise ValueError(
             f"the checkpoint holds {len(unknown)} tensors for which {kind} has no place ({shown}), and they would "
-            f"be lost: {advice(unknown[0], model)}"
+            f"be lost: {'; '.join(what_to_do)}"
         )
     return {name: tensors[name] for name in left}
 
@@ -440,9 +440,11 @@ def same_values(
     if one.shape != other.shape or not one.shape:
         return False
     step = max(1, most // max(1, one.shape[1:].numel()))
-    starts = range(0, one.shape[0], step)
-    pairs = ((one[at : at + step], other[at : at + step]) for at in starts)
-    return all(torch.equal(rows, others) for rows, others in pairs)
+    for start in range(0, one.shape[0], step):
+        rows = slice(start, min(start + step, one.shape[0]))
+        if not torch.equal(one[rows], other[rows]):
+            return False
+    return True
 
 
 def untie(model: nn.Module, target: str) -> None:
@@ -452,9 +454,7 @@ def untie(model: nn.Module, target: str) -> None:
     own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     setattr(model.get_submodule(module), key, own)
     model.all_tied_weights_keys.pop(target)
-    for config in (model.config, model.config.get_text_config(decoder=True)):
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
+    say_untied(model.config)
 
 
 def settle_ties(
