@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .calibrate import calibrate, check_head
 from .experts import experts_per_token, layer_folders, read_experts
 from .fit import Group, fit_budget, pack_group
-from .hf_format import mark_compressed
+from .hf_format import check_plain, forget_source, mark_compressed
 from moe_nb.layer import (
     CompressionConfig,
     align_layer,
@@ -89,11 +89,13 @@ def compress_model(
 
     Without `calibration` all directions count alike."""
     start, calibration = time.time(), list(calibration or [])
+    check_plain(model)
     experts = selected_experts(model, config)
     check_work(experts, config, bool(calibration))
     if calibration:
         check_head(model)
     check_sources(experts)
+    forget_source(model)
     top_k = {name: experts_per_token(model, name) for name in experts}
     source = fingerprint(model)
     together = config.by_budget and bool(calibration)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['model_class', 'bare_model', 'saving_conversions', 'split_conversions', 'renamed', 'converts', 'dequantize_blocks',
-           'grouped']
+           'quantization_of', 'quantization_method', 'drop_quantization', 'says_tied', 'say_untied', 'is_packed',
+           'packed_parameters', 'quantizer_method', 'quantizes', 'ignored_patterns', 'grouped']
 
 # %% ../nbs/04_hf_names.ipynb #2035e92d
 import torch
@@ -77,11 +78,110 @@ def converts(conversion, names: list[str]) -> bool:
     return any(rename_source_key(name, [], [conversion])[1] is not None for name in names)
 
 # %% ../nbs/04_hf_names.ipynb #34436916
-def dequantize_blocks(weight_oi: torch.Tensor, scale_inv_bc: torch.Tensor) -> torch.Tensor:
-    "The product of an fp8 matrix `[o, i]` and its scales, one for each block, as transformers computes it."
-    return Fp8Dequantize(None).convert({"weight": weight_oi, "weight_scale_inv": scale_inv_bc})[
-        "weight"
-    ]
+def dequantize_blocks(
+    values_oi: torch.Tensor,  # fp8; with any dimensions before these
+    scales_bc: torch.Tensor,  # One for each block; the same dimensions before
+    block: tuple[int, int] | None = None,  # Rows and columns; None: as many as the scales say
+) -> torch.Tensor:
+    "The product of an fp8 matrix `[o, i]` and its scales, fp32 from float scales, as transformers computes it."
+    o, i = values_oi.shape[-2:]
+    if scales_bc.dim() < values_oi.dim():  # one for the whole
+        scales_bc = scales_bc.reshape([1] * values_oi.dim())
+    if scales_bc.is_floating_point():
+        scales_bc = scales_bc.float()
+    filled = values_oi
+    if block is not None:
+        b, c = scales_bc.shape[-2:]
+        missing = (0, c * block[1] - i, 0, b * block[0] - o)
+        filled = nn.functional.pad(values_oi.view(torch.uint8), missing).view(values_oi.dtype)
+    parts = {"weight": filled, "weight_scale_inv": scales_bc}
+    product = Fp8Dequantize(None).convert(parts)["weight"]
+    product = product[0] if isinstance(product, list) else product  # older versions
+    return product[..., :o, :i]
+
+# %% ../nbs/04_hf_names.ipynb #9e9b4475
+_QUANTIZATION = ("quantization_config", "compression_config")  # Names of what says it
+
+
+def quantization_of(config) -> dict:
+    "What `config` or the part of it for text says of quantization; empty where it says nothing."
+    parts = [config, config.get_text_config(decoder=True)]
+    for part in parts:
+        for name in _QUANTIZATION:
+            found = getattr(part, name, None)
+            if found:
+                return found if isinstance(found, dict) else found.to_dict()
+    return {}
+
+
+def quantization_method(quantization: dict) -> str:
+    "The name of the method that `quantization_of` found; empty where it found nothing."
+    method = quantization.get("quant_method")
+    if quantization.get("load_in_8bit") or quantization.get("load_in_4bit"):
+        method = method or "bitsandbytes"
+    unnamed = "of a method that is not named" if quantization else ""
+    return str(getattr(method, "value", method) or unnamed)
+
+
+def drop_quantization(config) -> None:
+    "Take what is said of quantization out of `config` and its parts."
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    for part in (config, *parts):
+        for name in _QUANTIZATION:
+            if hasattr(part, name):
+                delattr(part, name)
+
+# %% ../nbs/04_hf_names.ipynb #0062137d
+def says_tied(model: nn.Module) -> bool:
+    "Whether the configuration of `model` has its head be the embedding, and its class heeds that."
+    parts = (model.config, model.config.get_text_config(decoder=True))
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
+    return tied and bool(getattr(model, "_tied_weights_keys", None))
+
+
+def say_untied(config) -> None:
+    "Let `config` and its part for text say that the head is not the embedding."
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+# %% ../nbs/04_hf_names.ipynb #7631ebf5
+def is_packed(value: torch.Tensor) -> bool:
+    "Whether a parameter holds weights in fewer than 16 bits."
+    by_class = type(value).__name__ in ("Params4bit", "Int8Params")
+    in_bytes = value.itemsize == 1 and value.dtype != torch.bool
+    return by_class or in_bytes
+
+
+def packed_parameters(model: nn.Module) -> list[str]:
+    "Names of the parameters of `model` whose weights are packed."
+    return [name for name, value in model.named_parameters() if is_packed(value)]
+
+
+def quantizer_method(model: nn.Module) -> str:
+    "The name of the quantization that `model` is under; empty where it is under none."
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None and not getattr(model, "is_quantized", False):
+        return ""
+    config = getattr(quantizer, "quantization_config", None)
+    if config is None:
+        config = getattr(getattr(model, "config", None), "quantization_config", None)
+    described = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    method = getattr(model, "quantization_method", None) or quantization_method(described)
+    return str(getattr(method, "value", method) or type(quantizer).__name__)
+
+
+def quantizes(conversion) -> bool:
+    "Whether a conversion is that of a quantized file, and would quantize when a model is saved."
+    operations = getattr(conversion, "operations", None) or []
+    of_files = "transformers.integrations."
+    return any(type(operation).__module__.startswith(of_files) for operation in operations)
+
+# %% ../nbs/04_hf_names.ipynb #87e31e26
+def ignored_patterns(model: nn.Module) -> list[str]:
+    "Regular expressions of the names that `from_pretrained` leaves out without a warning."
+    of_class = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return [*of_class, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
 
 # %% ../nbs/04_hf_names.ipynb #4f8fb48d
 def grouped(

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['WANTED', 'source_folder', 'weight_files', 'LazyTensor', 'open_shard', 'open_source', 'source_identity',
-           'ScaledTensor', 'dequantized', 'trim_heap', 'check_loaded', 'load_tensors', 'empty_model', 'runtime_names',
-           'part_of', 'parts_of', 'release', 'file_layout', 'create_file', 'tensor_bytes', 'write_at', 'copy_tensor']
+           'ScaledTensor', 'scale_names', 'scaled_tensor', 'with_scales', 'dequantized', 'trim_heap', 'check_loaded',
+           'load_tensors', 'empty_model', 'runtime_names', 'predicting_layers', 'layers_beyond', 'passing_names',
+           'advice', 'extra_tensors', 'same_values', 'untie', 'settle_ties', 'part_of', 'parts_of', 'release',
+           'file_layout', 'create_file', 'tensor_bytes', 'write_at', 'copy_tensor']
 
 # %% ../nbs/32_shards.ipynb #a017acce
 import ctypes
 import json
+import math
 import os
 import re
 import sys
@@ -32,7 +35,12 @@ from moe_nb.hf_names import (
     bare_model,
     convert_and_load_state_dict_in_model,
     dequantize_blocks,
+    drop_quantization,
+    ignored_patterns,
+    quantization_method,
+    quantization_of,
     rename_source_key,
+    say_untied,
     split_conversions,
     str_to_torch_dtype,
 )
@@ -72,6 +80,9 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
     return files
 
 # %% ../nbs/32_shards.ipynb #baff5521
+_TYPES = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}  # The last for scales
+
+
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
     "A tensor in a safetensors file that is read when it is indexed: by `...`, or by a slice of its rows."
@@ -86,7 +97,12 @@ class LazyTensor:
         "The tensor `name` of an open file."
         stored = file.get_slice(name)
         shape = torch.Size(stored.get_shape())
-        dtype = str_to_torch_dtype[stored.get_dtype()]
+        dtype = _TYPES.get(stored.get_dtype())
+        if dtype is None:
+            raise ValueError(
+                f"{name} is stored as {stored.get_dtype()}, which is not read: load the checkpoint "
+                "with transformers, dequantize() it and save it first"
+            )
         return cls(file=file, name=name, shape=shape, dtype=dtype)
 
     def __getitem__(self, rows) -> torch.Tensor:
@@ -137,8 +153,9 @@ def source_identity(folder: Path) -> dict[str, str]:
 class ScaledTensor:
     "A lazy tensor in fp8 with a scale for each block: read as their product, in `dtype`."
 
-    values: LazyTensor  # [o, i]
-    scales: LazyTensor  # [b, c]
+    values: LazyTensor  # [o, i], or experts of that
+    scales: LazyTensor  # [b, c], or experts of that, or one number
+    block: tuple[int, int] | None  # Rows and columns; None: one scale for a matrix
     dtype: torch.dtype
 
     @property
@@ -146,37 +163,96 @@ class ScaledTensor:
         return self.values.shape
 
     def __getitem__(self, rows) -> torch.Tensor:
-        whole_oi = dequantize_blocks(self.values[...], self.scales[...]).to(self.dtype)
+        whole_oi = dequantize_blocks(self.values[...], self.scales[...], self.block)
+        whole_oi = whole_oi.to(self.dtype)
         return whole_oi if rows is ... else whole_oi[rows]
 
+# %% ../nbs/32_shards.ipynb #6c02629c
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_QUANTIZED = "load the checkpoint with transformers, dequantize() it and save it first"
+
+
+def scale_names(name: str) -> list[str]:
+    """Names that the scales of the tensor `name` can have.
+
+    >>> scale_names("q_proj.weight")
+    ['q_proj.weight_scale_inv', 'q_proj.scale', 'q_proj.qscale_weight']
+    >>> scale_names("experts.down_proj")
+    ['experts.down_proj_scale_inv']
+    """
+    names = [f"{name}_scale_inv"]
+    if name.endswith(".weight"):
+        stem = name.removesuffix("weight")
+        names += [f"{stem}scale", f"{stem}qscale_weight"]
+    return names
+
+
+def scaled_tensor(
+    values: LazyTensor,
+    scales: LazyTensor,
+    block: tuple[int, int] | None,  # As the configuration has it
+    dtype: torch.dtype,  # Of the product
+) -> ScaledTensor:
+    "The product of `values` and `scales`; `ValueError` where the scales are not those of the blocks."
+    name, shape, found = values.name, tuple(values.shape), tuple(scales.shape)
+    if values.dtype not in _FP8:
+        raise ValueError(
+            f"{name} is stored as {values.dtype} with scales ({scales.name}); only fp8 is read: {_QUANTIZED}"
+        )
+    if scales.shape.numel() == 1 or found == (*shape[:-2], 1, 1):
+        return ScaledTensor(values=values, scales=scales, block=None, dtype=dtype)
+    expected = None
+    if block and len(shape) >= 2:
+        counts = (math.ceil(size / step) for size, step in zip(shape[-2:], block))
+        expected = (*shape[:-2], *counts)
+    if found != expected:
+        raise ValueError(
+            f"{scales.name} has shape {found}; {name} is {shape}, and blocks of {block} (weight_block_size) "
+            f"need scales of shape {expected}: {_QUANTIZED}"
+        )
+    return ScaledTensor(values=values, scales=scales, block=tuple(block), dtype=dtype)
+
 # %% ../nbs/32_shards.ipynb #3e06c3ad
-_SCALES = "_scale_inv"  # What the name of a matrix has behind it in the name of its scales
+def with_scales(
+    tensors: dict[str, LazyTensor],  # Of a checkpoint in fp8
+    block: tuple[int, int] | None,  # Rows and columns of a block; None: one scale for a matrix
+    dtype: torch.dtype,  # Of the products
+) -> dict[str, LazyTensor | ScaledTensor]:
+    "The tensors with every fp8 matrix multiplied by its scales; the scales, also of activations, are left out."
+    products, used = {}, set()
+    for name, value in tensors.items():
+        there = [key for key in scale_names(name) if key in tensors]
+        if there and (value.dtype in _FP8 or there[0].endswith("_scale_inv")):
+            products[name] = scaled_tensor(value, tensors[there[0]], block, dtype)
+            used |= {there[0], f"{name.removesuffix('weight')}activation_scale"}
+    rest = {name: value for name, value in tensors.items() if name not in used}
+    return rest | products
 
 
 def dequantized(
     folder: Path,  # A checkpoint
     tensors: dict[str, LazyTensor],  # Of `open_source`
 ) -> dict[str, LazyTensor | ScaledTensor]:
-    "The tensors of a checkpoint as if it were not quantized; raises for any quantization but fp8 by blocks."
+    "The tensors of a checkpoint as if it were not quantized; `ValueError` for what can not be read that way."
     config = AutoConfig.from_pretrained(folder)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method is None:
-        return tensors
-    if method != "fp8":
+    quantization = quantization_of(config)
+    method = quantization_method(quantization)
+    if method not in ("", "fp8"):
         raise ValueError(
             f"{folder} is quantized ({method}): streaming reads bfloat16, float16, float32 and fp8 with scales "
             "by block; load it, dequantize() it and save it first"
         )
-    dtype = config.dtype if config.dtype and config.dtype.itemsize > 1 else torch.bfloat16
-    of_scales = {f"{name}{_SCALES}" for name in tensors}
-    products = {}
-    for name, value in tensors.items():
-        scales = tensors.get(f"{name}{_SCALES}")
-        if scales is not None:
-            products[name] = ScaledTensor(values=value, scales=scales, dtype=dtype)
-        elif name not in of_scales:
-            products[name] = value
-    return products
+    if method:
+        dtype = config.dtype if config.dtype and config.dtype.itemsize > 1 else torch.bfloat16
+        block = quantization.get("weight_block_size", (128, 128))
+        tensors = with_scales(tensors, block, dtype)
+    raw = [name for name, value in tensors.items() if value.dtype in _FP8]
+    if raw:
+        raise ValueError(
+            f"{folder}: {raw[0]} is stored in fp8 ({len(raw)} tensors in all), and no scales were found for it "
+            f"({', '.join(scale_names(raw[0]))}, with a quantization_config of method fp8): {_QUANTIZED}"
+        )
+    return tensors
 
 # %% ../nbs/32_shards.ipynb #e79566ed
 def trim_heap() -> None:
@@ -227,10 +303,9 @@ def empty_model(
     folder: Path,  # A checkpoint
     tensors: dict,  # Of `open_source` or `dequantized`
 ) -> nn.Module:
-    "The model of `folder` on the meta device; raises unless `tensors` are exactly its tensors."
+    "The model of `folder` on the meta device; raises unless all of its tensors are among `tensors`."
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        del config.quantization_config
+    drop_quantization(config)
     dtype = config.dtype or next(iter(tensors.values())).dtype
     with init_empty_weights():
         model = bare_model(config, dtype)
@@ -269,6 +344,137 @@ def runtime_names(
         if runtime in state:
             found[name] = runtime
     return found
+
+# %% ../nbs/32_shards.ipynb #8c33d43e
+_LAYER = re.compile(r"(?P<stack>.*?\blayers)\.(?P<index>\d+)\.(?P<rest>.+)")
+_PREDICTED = re.compile(r"(num|n)_\w*(nextn|mtp)\w*|(mtp|nextn)_num\w*")
+
+
+def predicting_layers(config) -> int:
+    "How many layers for multi-token prediction a configuration counts, whatever the count is called."
+    counts = [0]
+    for part in (config, config.get_text_config(decoder=True)):
+        for name, value in part.to_dict().items():
+            if isinstance(value, int) and _PREDICTED.fullmatch(name):
+                counts.append(value)
+    return max(counts)
+
+
+def layers_beyond(
+    names: Iterable[str],  # Without a place in the model
+    placed: Iterable[str],  # With a place
+    layers: int,  # Of the model
+) -> dict[int, tuple[list[str], bool]]:
+    "Number of a layer the model does not have -> its tensors, and whether all of them are of an ordinary layer."
+    ordinary = {match["rest"] for match in map(_LAYER.fullmatch, placed) if match}
+    found = {}
+    for match in map(_LAYER.fullmatch, names):
+        if match and int(match["index"]) >= layers:
+            found.setdefault(int(match["index"]), []).append(match)
+    beyond = {}
+    for index, matches in sorted(found.items()):
+        same = all(match["rest"] in ordinary for match in matches)
+        beyond[index] = [match[0] for match in matches], same
+    return beyond
+
+# %% ../nbs/32_shards.ipynb #dd650a52
+def passing_names(
+    model: nn.Module,  # Without them
+    names: list[str],  # In the checkpoint, without a place in `model`
+    placed: Iterable[str],  # With a place
+) -> set[str]:
+    "Those of `names` that pass through as they are: of multi-token prediction, or left out by transformers too."
+    patterns = [r"(^|\.)mtp", *ignored_patterns(model)]
+    known = re.compile("|".join(f"({pattern})" for pattern in patterns))
+    passing = {name for name in names if known.search(name)}
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if layers is None:
+        return passing
+    counted = layers + predicting_layers(model.config)
+    for index, (tensors, ordinary) in layers_beyond(names, placed, layers).items():
+        if ordinary:
+            passing.difference_update(tensors)
+        elif index < counted:
+            passing.update(tensors)
+    return passing
+
+
+def advice(name: str, model: nn.Module) -> str:
+    "What to do about the tensor `name`, for which `model` has no place."
+    match = _LAYER.fullmatch(name)
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if re.search(r"lora|adapter", name):
+        return "merge the adapter into the weights and save the model, or remove it"
+    if re.search(r"scales?($|_inv$)|qweight|qzeros|absmax|quant|packed", name):
+        return f"they look like those of a quantization that is not read: {_QUANTIZED}"
+    if match and layers is not None and int(match["index"]) >= layers:
+        return f"config.json says num_hidden_layers = {layers}: correct it, or remove them"
+    return "correct config.json, or remove them from the checkpoint"
+
+
+def extra_tensors(
+    model: nn.Module,  # Without them
+    tensors: dict,  # Of the checkpoint
+    placed: Iterable[str],  # Those with a place in `model`
+) -> dict:
+    "The `tensors` that pass through as they are; `ValueError` where there are others without a place in `model`."
+    left = [name for name in tensors if name not in placed]
+    passing = passing_names(model, left, placed)
+    unknown = sorted(name for name in left if name not in passing)
+    if unknown:
+        shown, kind = ", ".join(unknown[:3]), type(model).__name__
+        what_to_do = dict.fromkeys(advice(name, model) for name in unknown)
+        raise ValueError(
+            f"the checkpoint holds {len(unknown)} tensors for which {kind} has no place ({shown}), and they would "
+            f"be lost: {'; '.join(what_to_do)}"
+        )
+    return {name: tensors[name] for name in left}
+
+# %% ../nbs/32_shards.ipynb #22c6ff6f
+def same_values(
+    one,  # Lazy tensor
+    other,  # Lazy tensor
+    most: int = 1 << 26,  # About as many numbers at a time
+) -> bool:
+    "Whether two tensors are equal, read a few rows at a time."
+    if one.shape != other.shape or not one.shape:
+        return False
+    step = max(1, most // max(1, one.shape[1:].numel()))
+    for start in range(0, one.shape[0], step):
+        rows = slice(start, min(start + step, one.shape[0]))
+        if not torch.equal(one[rows], other[rows]):
+            return False
+    return True
+
+
+def untie(model: nn.Module, target: str) -> None:
+    "Make the tied parameter `target` one of its own, and let the configuration say so."
+    module, _, key = target.rpartition(".")
+    parameter = model.get_parameter(target)
+    own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    setattr(model.get_submodule(module), key, own)
+    model.all_tied_weights_keys.pop(target)
+    say_untied(model.config)
+
+
+def settle_ties(
+    model: nn.Module,  # On the meta device
+    tensors: dict,  # Of the checkpoint
+    names: dict[str, str],  # Of `runtime_names`
+) -> dict[str, str]:
+    "`names` without the copies of tied parameters; what differs is untied."
+    stored = {runtime: name for name, runtime in names.items()}
+    copies = []
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target not in stored or source not in stored:
+            continue
+        if same_values(tensors[stored[target]], tensors[stored[source]]):
+            copies.append(stored[target])
+        else:
+            untie(model, target)
+    if copies:
+        model.tie_weights()
+    return {name: runtime for name, runtime in names.items() if name not in copies}
 
 # %% ../nbs/32_shards.ipynb #7e548143
 def part_of(
