@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPORT_RECORD', 'ExportLayout', 'stored_tensors', 'plain_model', 'hub_tensors', 'hub_shapes', 'places_of_own',
-           'places_in_rows', 'expert_places', 'hub_state', 'export_layout', 'expert_weights', 'part_weights',
-           'write_part', 'tensor_places', 'describe_export', 'begin_export', 'write_export_record', 'finish_export',
-           'write_parts', 'export_to_hf_format']
+           'places_in_rows', 'expert_places', 'hub_state', 'stored_dtypes', 'export_layout', 'expert_weights',
+           'part_weights', 'write_part', 'tensor_places', 'describe_export', 'begin_export', 'write_export_record',
+           'finish_export', 'write_parts', 'export_to_hf_format']
 
 # %% ../nbs/33_export.ipynb #2e651757
 import copy
@@ -14,7 +14,7 @@ import json
 import logging
 import pickle
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ from moe_nb.hf_names import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
     saving_conversions,
+    set_dtypes,
 )
 from moe_nb.shards import (
     create_file,
@@ -201,6 +202,20 @@ def hub_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return shapes
 
 
+def stored_dtypes(
+    model: nn.Module,  # Plain
+    tensors: dict,  # Of `stored_tensors`
+    modules: Iterable[str],  # Experts modules that are compressed
+) -> dict[str, torch.dtype]:
+    "Name of a parameter or buffer outside the compressed experts -> data type in which the directory stores it."
+    of_experts = tuple(f"{name}." for name in modules)
+    dtypes = {}
+    for stored, runtime in runtime_names(model, tensors).items():
+        if not runtime.startswith(of_experts):
+            dtypes[runtime] = tensors[stored].dtype
+    return dtypes
+
+
 def export_layout(
     path: Path,  # A compressed directory
     dtype: torch.dtype | str | None,  # None: as stored
@@ -209,6 +224,9 @@ def export_layout(
     "Everything about an export but its values."
     model, compression = plain_model(path, dtype)
     modules = compression["modules"]
+    tensors = stored_tensors(path, compression["weights_format"])
+    if dtype is None:
+        set_dtypes(model, stored_dtypes(model, tensors, modules))
     state = hub_state(model)
     shards = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -220,7 +238,6 @@ def export_layout(
     places = {name: expert_places(model, name) for name in modules}
     for name, factors in modules.items():
         model.set_submodule(name, empty_experts(model.get_submodule(name), factors))
-    tensors = stored_tensors(path, compression["weights_format"])
     return ExportLayout(
         model=model,
         tensors=tensors,

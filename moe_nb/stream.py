@@ -52,7 +52,7 @@ from moe_nb.files import (
 )
 from .fit import make_group, pack_group
 from .hf_format import empty_experts, factor_shapes, mark_compressed, set_conversions_aside
-from .hf_names import dot_natural_key
+from .hf_names import cast_model, dot_natural_key, family_dtypes
 from moe_nb.layer import (
     CompressionConfig,
     align_layer,
@@ -320,21 +320,24 @@ def left_alone(checkpoint: OpenCheckpoint) -> list[str]:
 
 # %% ../nbs/35_stream.ipynb #dc75bd37
 def rest_shapes(checkpoint: OpenCheckpoint, dtype: str | None) -> dict[str, torch.Tensor]:
-    "Name -> meta tensor of all that is not compressed, ordered as `save_compressed_model` does; floats in `dtype`."
+    """Name -> meta tensor of all that is not compressed, ordered as `save_compressed_model` does.
+
+    Each in its stored type, or in that which `from_pretrained(dtype=dtype)` gives it."""
     alone = left_alone(checkpoint)
     of_experts = tuple(f"{name}." for name in (*checkpoint.experts, *alone))
     tensors = {}
+    running = dict(checkpoint.names)  # Name of a tensor -> name in the running model
     for name, runtime_name in checkpoint.names.items():
         if not runtime_name.startswith(of_experts):
             tensors[name] = checkpoint.tensors[name]
     for name in alone:
         for key, value in checkpoint.model.get_submodule(name).named_parameters():
             tensors[f"{name}.{key}"] = value
+            running[f"{name}.{key}"] = f"{name}.{key}"
+    asked = family_dtypes(checkpoint.model, getattr(torch, dtype)) if dtype else {}
     shapes = {}
     for name in sorted(tensors, key=dot_natural_key):
-        kept = tensors[name].dtype
-        if dtype and kept.is_floating_point:
-            kept = getattr(torch, dtype)
+        kept = asked.get(running[name], tensors[name].dtype)
         shapes[name] = torch.empty(tensors[name].shape, dtype=kept, device="meta")
     return shapes
 
@@ -427,7 +430,7 @@ def insert_layers(run: StreamRun, entries: dict[str, dict]) -> None:
         compressed = empty_experts(checkpoint.experts[name], entry["shapes"])
         checkpoint.model.set_submodule(name, compressed)
     if run.config.dtype:
-        checkpoint.model.to(getattr(torch, run.config.dtype))
+        cast_model(checkpoint.model, getattr(torch, run.config.dtype))
 
 # %% ../nbs/35_stream.ipynb #fd0e0704
 def finish_run(
