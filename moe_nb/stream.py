@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 from moe_nb.checkpoint import (
     METADATA,
     SUFFIXES,
-    find_tokenizer,
     split_state,
     write_card,
+    write_files_beside,
     write_metadata,
     write_records,
     write_shards,
@@ -87,12 +87,12 @@ from moe_nb.shards import (
     parts_of,
     release,
     runtime_names,
-    source_folder,
     source_identity,
     tensor_bytes,
     write_at,
 )
 from .shared_core import SharedCore, SharedCoreExperts
+from .sources import model_folder
 from moe_nb.statistics import (
     CompressionStatistics,
     compression_record,
@@ -125,7 +125,7 @@ def open_checkpoint(
     calibrated: bool = False,  # Whether data will weight the fit
 ) -> OpenCheckpoint:
     "Open a checkpoint; every check that needs no weights comes here."
-    folder = source_folder(source)
+    folder = model_folder(source)
     tensors = dequantized(folder, open_source(folder))
     model = empty_model(folder, tensors)
     model.config._name_or_path = str(source)
@@ -151,7 +151,7 @@ class StreamRun:
     config: CompressionConfig
     output: Path
     calibration: list[torch.Tensor] = field(default_factory=list)  # 1-D token-id tensors
-    tokenizer: object = None  # Saved with the result
+    tokenizer: object = None  # Saved with the result, in place of that of the source
     weights_format: str = "safetensors"  # Or "pt"
     max_shard_size: str = "5GB"  # Of each file of weights
     device: torch.device = torch.device("cpu")  # Where a layer is fitted
@@ -457,9 +457,8 @@ def finish_run(
     )
     described = model.config.quantization_config
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    write_files_beside(checkpoint.folder, run.tokenizer, run.result)
     write_records(model, described, run.result, weight_map, size)
-    if run.tokenizer is not None:
-        run.tokenizer.save_pretrained(run.result)
     write_metadata(run.result, described, describe_job(run))
     write_card(run.result, run.output, how, described.statistics)
 
@@ -646,7 +645,7 @@ def compress_checkpoint(
     calibration: Iterable[torch.Tensor]
     | None = None,  # 1-D token-id tensors that weight the fit of a ratio
     *,
-    tokenizer=None,  # Saved with it; None: that of the source
+    tokenizer=None,  # Saved with it; None: the files of that of the source
     weights_format: str = "safetensors",  # Or "pt"
     max_shard_size: str = "5GB",  # Of each file of weights
     overwrite: bool = False,  # Whether an older result may be replaced; what others put there is kept
@@ -670,7 +669,7 @@ def compress_checkpoint(
         config=config,
         output=output,
         calibration=calibration,
-        tokenizer=tokenizer or find_tokenizer(source),
+        tokenizer=tokenizer,
         weights_format=weights_format,
         max_shard_size=max_shard_size,
         device=state.device,
