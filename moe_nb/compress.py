@@ -17,6 +17,7 @@ from .calibrate import calibrate, check_head
 from .experts import experts_per_token, layer_folders, read_experts
 from .fit import Group, fit_budget, pack_group
 from .hf_format import check_plain, forget_source, mark_compressed
+from .hf_names import cast_model
 from moe_nb.layer import (
     CompressionConfig,
     align_layer,
@@ -124,7 +125,7 @@ def compress_model(
         )
     statistics = summarize(outside, layers, time.time() - start)
     if config.dtype:
-        model.to(getattr(torch, config.dtype))
+        cast_model(model, getattr(torch, config.dtype))
     made = compression_record(model, config, calibration, source)
     return mark_compressed(
         model, compression=made, statistics=stored_statistics(statistics)

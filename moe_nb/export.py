@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PASSING', 'EXPORT_RECORD', 'ExportLayout', 'stored_tensors', 'plain_model', 'reached', 'passing_of_source',
            'extra_of', 'hub_tensors', 'hub_shapes', 'places_of_own', 'places_in_rows', 'expert_places', 'hub_state',
-           'export_layout', 'expert_weights', 'part_weights', 'write_part', 'tensor_places', 'describe_export',
-           'begin_export', 'write_export_record', 'finish_export', 'write_parts', 'export_to_hf_format']
+           'stored_dtypes', 'export_layout', 'expert_weights', 'part_weights', 'write_part', 'tensor_places',
+           'describe_export', 'begin_export', 'write_export_record', 'original_folder', 'finish_export', 'write_parts',
+           'export_to_hf_format']
 
 # %% ../nbs/33_export.ipynb #2e651757
 import copy
@@ -14,7 +15,7 @@ import json
 import logging
 import pickle
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig
 
-from moe_nb.checkpoint import (
-    INDEXES,
-    METADATA,
-    extra_files,
-    find_tokenizer,
-    verify_directory,
-    write_card,
-)
+from .checkpoint import INDEXES, METADATA, extra_files, verify_directory, write_card
 from moe_nb.files import (
     begin_job,
     check_output,
@@ -56,6 +50,7 @@ from moe_nb.hf_names import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
     saving_conversions,
+    set_dtypes,
 )
 from moe_nb.shards import (
     WANTED,
@@ -76,6 +71,14 @@ from moe_nb.shards import (
     write_at,
 )
 from .shared_core import SharedCoreExperts, compressed_experts, materialized
+from moe_nb.sources import (
+    BESIDE_WEIGHTS,
+    copy_beside,
+    drop_lost_code,
+    has_tokenizer,
+    model_folder,
+    read_index,
+)
 
 # %% ../nbs/33_export.ipynb #465e2e5a
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +98,10 @@ def stored_tensors(path: Path, weights_format: str) -> dict:
     "Stored name -> lazy tensor of a compressed directory."
     if weights_format == "safetensors":
         return open_source(path)
-    index = json.loads((path / INDEXES[weights_format]).read_text())
+    weight_map = read_index(path / INDEXES[weights_format])
     tensors = {}
     try:
-        for file in sorted(set(index["weight_map"].values())):
+        for file in sorted(set(weight_map.values())):
             tensors |= torch.load(path / file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
@@ -277,6 +280,20 @@ def hub_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return shapes
 
 
+def stored_dtypes(
+    model: nn.Module,  # Plain
+    tensors: dict,  # Of `stored_tensors`
+    modules: Iterable[str],  # Experts modules that are compressed
+) -> dict[str, torch.dtype]:
+    "Name of a parameter or buffer outside the compressed experts -> data type in which the directory stores it."
+    of_experts = tuple(f"{name}." for name in modules)
+    dtypes = {}
+    for stored, runtime in runtime_names(model, tensors).items():
+        if not runtime.startswith(of_experts):
+            dtypes[runtime] = tensors[stored].dtype
+    return dtypes
+
+
 def export_layout(
     path: Path,  # A compressed directory
     dtype: torch.dtype | str | None,  # None: as stored
@@ -290,6 +307,8 @@ def export_layout(
     placed = runtime_names(model, tensors)
     own = settle_ties(model, tensors, placed)
     extra |= {name: tensors.pop(name) for name in placed if name not in own}
+    if dtype is None:
+        set_dtypes(model, stored_dtypes(model, tensors, modules))
     state = hub_state(model)
     for name in extra:
         state[name] = torch.empty(extra[name].shape, dtype=extra[name].dtype, device="meta")
@@ -430,16 +449,36 @@ def write_export_record(
     (folder / EXPORT_RECORD).write_text(json.dumps(described, indent=2))
 
 
+def original_folder(
+    compressed: Path,  # The directory that is exported
+    original: str | Path | None,  # Directory or hub id of what it was made of
+) -> Path | None:
+    "The directory of the original, for files that `compressed` lacks; None where it is not to be had, and not needed."
+    if original is None:
+        return None
+    try:
+        return model_folder(original, BESIDE_WEIGHTS)
+    except FileNotFoundError as error:
+        if not has_tokenizer(compressed):
+            raise
+        logging.getLogger(__name__).warning("%s; the export goes on without it", error)
+        return None
+
+
 def finish_export(
     layout: ExportLayout,
     compressed: Path,  # The directory that is exported
     output: Path,  # What the result becomes
     *,
-    tokenizer,  # None: there is none
+    original: Path | None,  # For what `compressed` lacks
     job: dict,  # Of `describe_export`
 ) -> None:
     "Write everything but the weights."
     folder = work_folder(output) / "result"
+    copy_beside(compressed, folder)
+    if original is not None:
+        copy_beside(original, folder, tokenizer=not has_tokenizer(compressed))
+    drop_lost_code(layout.model.config, folder)
     # in a folder of their own first: save_pretrained removes shards that it did not write
     configs = folder.parent / "records"
     layout.model.save_pretrained(configs, state_dict={})
@@ -450,8 +489,6 @@ def finish_export(
         (folder / INDEXES["safetensors"]).write_text(f"{index}\n")
     compression = json.loads((compressed / "compression_config.json").read_text())
     statistics = yaml.safe_load((compressed / "compression_statistics.yaml").read_text()) or {}
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     write_export_record(folder, compression, job)
     write_card(folder, output, compression, statistics, exported=True)
 
@@ -475,7 +512,7 @@ def write_parts(
 
 @torch.no_grad()
 def export_to_hf_format(
-    compressed_path: str | Path,  # A compressed directory
+    compressed_path: str | Path,  # A compressed directory, or a hub id
     original_model_name: str | None,  # Path or hub id, for what the directory lacks
     output_path: str | Path,  # New directory
     *,
@@ -488,7 +525,8 @@ def export_to_hf_format(
     The same export again is done at once. `FileExistsError` where `output_path` holds anything else, `ValueError` while
     another process writes it."""
     state = processes()
-    compressed, output = Path(compressed_path), resolved_output(output_path)
+    compressed, output = model_folder(compressed_path), resolved_output(output_path)
+    original = original_folder(compressed, original_model_name)
     check_output(output, EXPORT_RECORD)
     metadata = verify_directory(compressed, hashes=state.is_main_process)
     extra = extra_of(compressed, metadata, original_model_name)
@@ -503,8 +541,7 @@ def export_to_hf_format(
         state.wait_for_everyone()
         write_parts(layout, output, state)
         if state.is_main_process:
-            tokenizer = find_tokenizer(compressed, original_model_name)
-            finish_export(layout, compressed, output, tokenizer=tokenizer, job=job)
+            finish_export(layout, compressed, output, original=original, job=job)
             complete_job(output, EXPORT_RECORD)
         state.wait_for_everyone()
     return Path(output_path)

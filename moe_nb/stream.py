@@ -32,9 +32,9 @@ from moe_nb.checkpoint import (
     EXTRA,
     METADATA,
     SUFFIXES,
-    find_tokenizer,
     split_state,
     write_card,
+    write_files_beside,
     write_metadata,
     write_records,
     write_shards,
@@ -57,7 +57,7 @@ from moe_nb.files import (
 )
 from .fit import make_group, pack_group
 from .hf_format import empty_experts, factor_shapes, mark_compressed, set_conversions_aside
-from .hf_names import dot_natural_key
+from .hf_names import cast_model, dot_natural_key, family_dtypes
 from moe_nb.layer import (
     CompressionConfig,
     align_layer,
@@ -94,12 +94,12 @@ from moe_nb.shards import (
     release,
     runtime_names,
     settle_ties,
-    source_folder,
     source_identity,
     tensor_bytes,
     write_at,
 )
 from .shared_core import SharedCore, SharedCoreExperts
+from .sources import model_folder
 from moe_nb.statistics import (
     CompressionStatistics,
     compression_record,
@@ -133,7 +133,7 @@ def open_checkpoint(
     calibrated: bool = False,  # Whether data will weight the fit
 ) -> OpenCheckpoint:
     "Open a checkpoint; every check that needs no weights comes here."
-    folder = source_folder(source)
+    folder = model_folder(source)
     tensors = dequantized(folder, open_source(folder))
     model = empty_model(folder, tensors)
     model.config._name_or_path = str(source)
@@ -166,7 +166,7 @@ class StreamRun:
     config: CompressionConfig
     output: Path
     calibration: list[torch.Tensor] = field(default_factory=list)  # 1-D token-id tensors
-    tokenizer: object = None  # Saved with the result
+    tokenizer: object = None  # Saved with the result, in place of that of the source
     weights_format: str = "safetensors"  # Or "pt"
     max_shard_size: str = "5GB"  # Of each file of weights
     device: torch.device = torch.device("cpu")  # Where a layer is fitted
@@ -335,21 +335,24 @@ def left_alone(checkpoint: OpenCheckpoint) -> list[str]:
 
 # %% ../nbs/35_stream.ipynb #dc75bd37
 def rest_shapes(checkpoint: OpenCheckpoint, dtype: str | None) -> dict[str, torch.Tensor]:
-    "Name -> meta tensor of all that is not compressed, ordered as `save_compressed_model` does; floats in `dtype`."
+    """Name -> meta tensor of all that is not compressed, ordered as `save_compressed_model` does.
+
+    Each in its stored type, or in that which `from_pretrained(dtype=dtype)` gives it."""
     alone = left_alone(checkpoint)
     of_experts = tuple(f"{name}." for name in (*checkpoint.experts, *alone))
     tensors = {}
+    running = dict(checkpoint.names)  # Name of a tensor -> name in the running model
     for name, runtime_name in checkpoint.names.items():
         if not runtime_name.startswith(of_experts):
             tensors[name] = checkpoint.tensors[name]
     for name in alone:
         for key, value in checkpoint.model.get_submodule(name).named_parameters():
             tensors[f"{name}.{key}"] = value
+            running[f"{name}.{key}"] = f"{name}.{key}"
+    asked = family_dtypes(checkpoint.model, getattr(torch, dtype)) if dtype else {}
     shapes = {}
     for name in sorted(tensors, key=dot_natural_key):
-        kept = tensors[name].dtype
-        if dtype and kept.is_floating_point:
-            kept = getattr(torch, dtype)
+        kept = asked.get(running[name], tensors[name].dtype)
         shapes[name] = torch.empty(tensors[name].shape, dtype=kept, device="meta")
     return shapes
 
@@ -461,7 +464,7 @@ def insert_layers(run: StreamRun, entries: dict[str, dict]) -> None:
         compressed = empty_experts(checkpoint.experts[name], entry["shapes"])
         checkpoint.model.set_submodule(name, compressed)
     if run.config.dtype:
-        checkpoint.model.to(getattr(torch, run.config.dtype))
+        cast_model(checkpoint.model, getattr(torch, run.config.dtype))
 
 # %% ../nbs/35_stream.ipynb #fd0e0704
 def finish_run(
@@ -489,9 +492,8 @@ def finish_run(
     )
     described = model.config.quantization_config
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    write_files_beside(checkpoint.folder, run.tokenizer, run.result)
     write_records(model, described, run.result, weight_map, size)
-    if run.tokenizer is not None:
-        run.tokenizer.save_pretrained(run.result)
     write_metadata(run.result, described, describe_job(run))
     write_card(run.result, run.output, how, described.statistics)
 
@@ -678,7 +680,7 @@ def compress_checkpoint(
     calibration: Iterable[torch.Tensor]
     | None = None,  # 1-D token-id tensors that weight the fit of a ratio
     *,
-    tokenizer=None,  # Saved with it; None: that of the source
+    tokenizer=None,  # Saved with it; None: the files of that of the source
     weights_format: str = "safetensors",  # Or "pt"
     max_shard_size: str = "5GB",  # Of each file of weights
     overwrite: bool = False,  # Whether an older result may be replaced; what others put there is kept
@@ -702,7 +704,7 @@ def compress_checkpoint(
         config=config,
         output=output,
         calibration=calibration,
-        tokenizer=tokenizer or find_tokenizer(source),
+        tokenizer=tokenizer,
         weights_format=weights_format,
         max_shard_size=max_shard_size,
         device=state.device,
