@@ -6,8 +6,8 @@
 __all__ = ['TEXT_FILES', 'TABLES', 'KINDS_OF_TEXT', 'MESSAGES', 'text_kind', 'open_text', 'json_lines', 'json_rows', 'csv_rows',
            'parquet_rows', 'file_rows', 'is_conversation', 'document_in', 'documents_in', 'text_files', 'saved_rows',
            'is_saved', 'text_path', 'check_texts', 'hub_rows', 'read_texts', 'some_texts', 'named_texts', 'chosen_text',
-           'without_nulls', 'conversation_text', 'token_ids', 'document_tokens', 'token_sequences', 'check_max_length',
-           'check_sequence', 'batches', 'calibration_sequences', 'self_sequences']
+           'without_nulls', 'conversation_text', 'document_text', 'token_ids', 'document_tokens', 'token_sequences',
+           'check_max_length', 'check_sequence', 'batches', 'calibration_sequences', 'self_sequences']
 
 # %% ../nbs/03_text.ipynb #197103b1
 import gzip
@@ -351,6 +351,13 @@ def conversation_text(tokenizer, messages: list[dict]) -> str:
         raise ValueError(
             f"the chat template refuses a conversation: {error}; it begins {given[0]!r:.80}"
         ) from None
+
+
+def document_text(tokenizer, document: str | list[dict]) -> str:
+    "A document as a text, a conversation without the token at its start: whoever scores texts begins each with it."
+    if not is_conversation(document):
+        return document
+    return conversation_text(tokenizer, document).removeprefix(tokenizer.bos_token or "")
 
 
 def token_ids(tokenizer, text: str) -> list[int]:
