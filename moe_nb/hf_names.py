@@ -53,7 +53,7 @@ def bare_model(config, dtype: torch.dtype) -> nn.Module:
 
 # %% ../nbs/04_hf_names.ipynb #62b6a933
 def pretrained_model(source: str | Path, **options) -> nn.Module:
-    "A model from a directory or the hub, by the class that its configuration names; `options` as for `from_pretrained`."
+    "A model of a directory or the hub, by the class that its configuration names; `options` of `from_pretrained`."
     chosen = model_class(AutoConfig.from_pretrained(source))
     return chosen.from_pretrained(source, **options)
 
