@@ -40,6 +40,7 @@ from moe_nb.statistics import (
     stored_statistics,
     summarize,
 )
+from .text import calibration_sequences
 
 # %% ../nbs/27_compress.ipynb #2ee53ca6
 def model_groups(
@@ -89,7 +90,7 @@ def compress_model(
     """Compress `model`. All checks come first: when one fails, the model is as it was. Deterministic on one machine.
 
     Without `calibration` all directions count alike."""
-    start, calibration = time.time(), list(calibration or [])
+    start, calibration = time.time(), calibration_sequences(calibration)
     check_plain(model)
     experts = selected_experts(model, config)
     check_work(experts, config, bool(calibration))

@@ -111,6 +111,7 @@ from moe_nb.statistics import (
     summarize,
     versions,
 )
+from .text import calibration_sequences
 
 # %% ../nbs/35_stream.ipynb #e6f73390
 @dataclass(frozen=True, kw_only=True)
@@ -692,7 +693,7 @@ def compress_checkpoint(
     while another process writes it."""
     begun = time.time()
     state = processes()
-    calibration = list(calibration or [])
+    calibration = calibration_sequences(calibration)
     output = resolved_output(output)
     if weights_format not in SUFFIXES:
         raise ValueError(
