@@ -219,6 +219,7 @@ def save_compressed_model(
     weights_format: str | None = None,  # "safetensors" or "pt"; None: as it was loaded
     max_shard_size: str = "5GB",  # Of each file of weights that are not experts
     state_dict: dict[str, torch.Tensor] | None = None,  # For a distributed model: gathered
+    job: dict | None = None,  # What was asked for, to recognise it again
 ) -> Path:
     "Write the complete model: every parameter and buffer, config, tokenizer, statistics and metadata. Atomic."
     if not compressed_experts(model):
@@ -237,7 +238,7 @@ def save_compressed_model(
         write_model_files(model, config, folder, max_shard_size, state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_metadata(folder, config)
+        write_metadata(folder, config, job)
         write_card(folder, path, config.compression, config.statistics)
     return Path(path)
 

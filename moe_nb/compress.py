@@ -39,6 +39,7 @@ from moe_nb.statistics import (
     stored_statistics,
     summarize,
 )
+from .text import check_token_ids
 
 # %% ../nbs/27_compress.ipynb #2ee53ca6
 def model_groups(
@@ -93,6 +94,7 @@ def compress_model(
     experts = selected_experts(model, config)
     check_work(experts, config, bool(calibration))
     check_sources(experts)
+    check_token_ids(calibration, model)
     top_k, source = experts_per_token(model), fingerprint(model)
     together = config.by_budget and bool(calibration)
     fitted, unseen, records, step = {}, {}, {}, "fitting"
