@@ -420,6 +420,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'moe_nb.fast_experts.padding': ('fast_experts.html#padding', 'moe_nb/fast_experts.py'),
                                      'moe_nb.fast_experts.pairs_forward': ('fast_experts.html#pairs_forward', 'moe_nb/fast_experts.py'),
                                      'moe_nb.fast_experts.read_ranks': ('fast_experts.html#read_ranks', 'moe_nb/fast_experts.py'),
+                                     'moe_nb.fast_experts.remembered': ('fast_experts.html#remembered', 'moe_nb/fast_experts.py'),
                                      'moe_nb.fast_experts.route': ('fast_experts.html#route', 'moe_nb/fast_experts.py'),
                                      'moe_nb.fast_experts.shared_core_forward': ( 'fast_experts.html#shared_core_forward',
                                                                                   'moe_nb/fast_experts.py'),

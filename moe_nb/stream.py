@@ -11,6 +11,7 @@ __all__ = ['Place', 'OpenCheckpoint', 'open_checkpoint', 'StreamRun', 'describe_
            'finished_statistics', 'compress_checkpoint']
 
 # %% ../nbs/35_stream.ipynb #4d5d17bc
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
