@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
 from pathlib import Path
 
 from .config import batch_size_of, check_dtype, flag
@@ -289,7 +290,7 @@ def raised_on_purpose(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return False
-    ours = Path(frames[-1].filename).parent == Path(__file__).parent
+    ours = Path(frames[-1].filename).parent == Path(str(files("moe_nb")))
     return ours and (frames[-1].line or "").startswith("raise")
 
 
@@ -926,16 +927,22 @@ def watch(argv: list[str]) -> None:
     arguments, config = parse(argv, "watch", WatchArguments, EvaluationConfig)
     evaluator = CheckpointEvaluator(arguments.run, config)
     rows = evaluator.run()
-    table = results_table(rows).drop(columns="higher_is_better").round(4)
-    print(table.to_string(index=False) if rows else "nothing was evaluated")
+    if rows:
+        table = results_table(rows).drop(columns="higher_is_better").round(4)
+        print(table.to_string(index=False))
     failures = evaluator.folder.failures()
     for name, problem in failures.items():
         reason = problem.splitlines()[0]
         print(f"not evaluated, now in eval_results/quarantine: {name}: {reason}")
     if failures and not any(row["kind"] == "checkpoint" for row in rows):
-        raise RuntimeError(
+        raise ValueError(
             f"no checkpoint of {arguments.run} could be evaluated; the reasons stand above "
             f"and in {evaluator.folder.aside}"
+        )
+    if not rows:
+        raise ValueError(
+            f"{arguments.run} holds nothing to evaluate: no checkpoint was published there, "
+            "and none was found that is complete (--adopt looks for them)"
         )
 
 # %% ../nbs/65_cli.ipynb #31090f19
