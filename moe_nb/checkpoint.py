@@ -274,6 +274,7 @@ def save_compressed_model(
     weights_format: str | None = None,  # "safetensors" or "pt"; None: as it was loaded
     max_shard_size: str = "5GB",  # Of each file of weights that are not experts
     state_dict: dict[str, torch.Tensor] | None = None,  # For a distributed model: gathered
+    job: dict | None = None,  # What was asked for, to recognise it again
 ) -> Path:
     "Write the complete model: every parameter and buffer, config, tokenizer, statistics and metadata. Atomic."
     if not compressed_experts(model):
@@ -294,7 +295,7 @@ def save_compressed_model(
         write_files_beside(local_folder(model.config._name_or_path), tokenizer, folder)
         write_model_files(model, config, folder, max_shard_size, state_dict)
         carry_extra(model, folder)
-        write_metadata(folder, config)
+        write_metadata(folder, config, job)
         write_card(folder, path, config.compression, config.statistics)
     return Path(path)
 

@@ -40,7 +40,7 @@ from moe_nb.statistics import (
     stored_statistics,
     summarize,
 )
-from .text import calibration_sequences
+from .text import calibration_sequences, check_token_ids
 
 # %% ../nbs/27_compress.ipynb #2ee53ca6
 def model_groups(
@@ -97,6 +97,7 @@ def compress_model(
     if calibration:
         check_head(model)
     check_sources(experts)
+    check_token_ids(calibration, model)
     forget_source(model)
     top_k = {name: experts_per_token(model, name) for name in experts}
     source = fingerprint(model)

@@ -49,7 +49,7 @@ from .resume import CompressedModelSaveCallback, stored_model
 from .shared_core import compressed_experts
 from .statistics import fingerprint
 from .targets import INDEX, OfflineTargets, capture_targets
-from .text import check_max_length, named_texts, token_sequences
+from .text import check_max_length, check_token_ids, named_texts, token_sequences
 from moe_nb.trainer import (
     DistillationTrainer,
     check_mixture,
@@ -571,6 +571,7 @@ def distill(
     if final.is_dir():
         return final
     sequences = sequences_of(config.dataset, tokenizer, config)
+    check_token_ids(sequences, student)
 
     # the teacher, where a stage needs it
     blockwise = config.block_steps and compressed_experts(student)

@@ -305,6 +305,7 @@ def check_budget(
     budget: float,  # Numbers that may be stored
     smallest: int,  # Numbers that have to be stored
     original: int,  # Numbers of the original
+    needed: str = "",  # What these are, for the message
 ) -> None:
     """Raise `ValueError` with the smallest possible ratio when the budget is below it, or where no ratio below 1 is.
 
@@ -320,7 +321,10 @@ def check_budget(
     if budget < smallest:
         possible = math.ceil(10000 * smallest / original) / 10000  # rounded up, so that it works
         ratio = budget / original
-        raise ValueError(f"ratio {ratio:.4g} is too small: the smallest possible is {possible:.4f}")
+        why = f", for {needed}; raise the ratio" if needed else ""
+        raise ValueError(
+            f"ratio {ratio:.4g} is too small: the smallest possible is {possible:.4f}{why}"
+        )
 
 # %% ../nbs/22_fit.ipynb #3cc5c0f0
 def fit_round(

@@ -200,6 +200,7 @@ def uniform_rank(
 ) -> int:
     "The largest rank of all wrappers that stores at most `ratio`; raises `ValueError` where rank one is too much."
     budget = ratio * sizes.original
-    check_budget(budget, sizes.stored(1), sizes.original)
+    needed = f"the core that {sizes.E} experts share, and a wrapper of rank 1 for each"
+    check_budget(budget, sizes.stored(1), sizes.original, needed)
     ranks = range(1, min(sizes.f, sizes.d) + 1)
     return max(rank for rank in ranks if sizes.stored(rank) <= budget)

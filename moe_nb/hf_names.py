@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['planned_dtypes', 'set_dtypes', 'family_dtypes', 'cast_model', 'model_class', 'bare_model', 'pretrained_model',
-           'saving_conversions', 'split_conversions', 'renamed', 'converts', 'dequantize_blocks', 'quantization_of',
-           'quantization_method', 'drop_quantization', 'says_tied', 'say_untied', 'is_packed', 'packed_parameters',
-           'quantizer_method', 'quantizes', 'ignored_patterns', 'grouped']
+           'remote_code', 'check_device_map', 'saving_conversions', 'split_conversions', 'renamed', 'converts',
+           'dequantize_blocks', 'quantization_of', 'quantization_method', 'drop_quantization', 'says_tied',
+           'say_untied', 'is_packed', 'packed_parameters', 'quantizer_method', 'quantizes', 'ignored_patterns',
+           'grouped']
 
 # %% ../nbs/04_hf_names.ipynb #2035e92d
 import copy
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,12 +33,19 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.dynamic_module_utils import resolve_trust_remote_code
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 from transformers.modeling_utils import (
     LoadStateDictConfig,
     remove_tied_weights_from_state_dict,
     str_to_torch_dtype,
+)
+from transformers.models.auto import (
+    auto_factory,
+    configuration_auto,
+    processing_auto,
+    tokenization_auto,
 )
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -113,6 +124,55 @@ def pretrained_model(source: str | Path, **options) -> nn.Module:
     "A model of a directory or the hub, by the class that its configuration names; `options` of `from_pretrained`."
     chosen = model_class(AutoConfig.from_pretrained(source))
     return chosen.from_pretrained(source, **options)
+
+# %% ../nbs/04_hf_names.ipynb #3994aef1
+_AUTO = "transformers.models.auto."
+
+
+@contextmanager
+def remote_code(
+    trusted: bool,  # Whether code that comes with a model may run
+) -> Iterator[None]:
+    """Within the block transformers runs the code of a model if `trusted`, and where it has no class of its own.
+
+    Else it raises `ValueError`, and does not ask on the terminal."""
+
+    def resolve(given, name, has_local_code, *more, **named):
+        allowed = bool(given) or (trusted and not has_local_code)
+        return resolve_trust_remote_code(allowed, name, has_local_code, *more, **named)
+
+    rooms = {name: room for name, room in sys.modules.items() if name.startswith(_AUTO)}
+    asking = [room for room in rooms.values() if "resolve_trust_remote_code" in vars(room)]
+    before = [room.resolve_trust_remote_code for room in asking]
+    for room in asking:
+        room.resolve_trust_remote_code = resolve
+    try:
+        yield
+    finally:
+        for room, original in zip(asking, before):
+            room.resolve_trust_remote_code = original
+
+# %% ../nbs/04_hf_names.ipynb #58a84c90
+def check_device_map(device_map) -> None:
+    "Raise `ValueError` where `device_map` names one device, and torch finds none of that name."
+    strategies = ("auto", "balanced", "balanced_low_0", "sequential")
+    if not isinstance(device_map, str | torch.device) or device_map in strategies:
+        return
+    try:
+        device = torch.device(device_map)
+    except RuntimeError:
+        raise ValueError(
+            f"device_map: expected auto, cpu, cuda, cuda:N or another device of torch; got {device_map!r}"
+        ) from None
+    if device.type in ("cpu", "meta"):
+        return
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if kind and kind.type == device.type else 0
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"device_map {device_map}: torch finds {count} devices of the kind {device.type} here; "
+            "pass cpu or auto, or install a torch for this machine's GPU"
+        )
 
 # %% ../nbs/04_hf_names.ipynb #36657a8d
 def saving_conversions(model: nn.Module) -> list:

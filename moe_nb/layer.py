@@ -229,7 +229,9 @@ def check_floor(pot: list[Sizes], ratio: float) -> None:
     "Raise `ValueError` where the cores and the ranks alone are more than `ratio` of the original."
     smallest = sum(sizes.stored(rank=0) for sizes in pot)
     original = sum(sizes.original for sizes in pot)
-    check_budget(ratio * original, smallest, original)
+    experts = min(sizes.E for sizes in pot)
+    needed = f"the core that the experts of a layer share is as large as one of the {experts}"
+    check_budget(ratio * original, smallest, original, f"{needed}, and comes before any rank")
 
 
 def check_work(

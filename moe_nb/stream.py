@@ -111,7 +111,7 @@ from moe_nb.statistics import (
     summarize,
     versions,
 )
-from .text import calibration_sequences
+from .text import calibration_sequences, check_token_ids
 
 # %% ../nbs/35_stream.ipynb #e6f73390
 @dataclass(frozen=True, kw_only=True)
@@ -710,6 +710,7 @@ def compress_checkpoint(
         max_shard_size=max_shard_size,
         device=state.device,
     )
+    check_token_ids(calibration, run.checkpoint.model)
     if is_finished(output, METADATA, describe_job(run), overwrite):
         logging.getLogger(__name__).warning("%s is complete already: nothing was done", output)
         return finished_statistics(output)
