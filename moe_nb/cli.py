@@ -594,10 +594,10 @@ def describe_loaded(
 ) -> dict:
     "What makes two compressions of a loaded model the same."
     from moe_nb.files import file_identity
-    from moe_nb.shards import source_folder
+    from moe_nb.sources import model_folder
     from moe_nb.statistics import samples_digest
 
-    folder = source_folder(arguments.model)
+    folder = model_folder(arguments.model)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in LOADED_SUFFIXES]
     options = ("calibration", "calibration_tokens", "device_map", "weights_format")
     return dict(
@@ -649,7 +649,7 @@ def compress_source(
     config,  # A CompressionConfig
 ):
     "Compress what `arguments` name, from the files or loaded; returns the statistics, and the plan if there is one."
-    from moe_nb.checkpoint import find_tokenizer
+    from moe_nb.sources import find_tokenizer
     from moe_nb.stream import compress_checkpoint
 
     tokenizer = find_tokenizer(arguments.model)

@@ -31,7 +31,7 @@ from transformers import (
     is_bitsandbytes_available,
 )
 
-from .checkpoint import METADATA, find_tokenizer, save_compressed_model
+from .checkpoint import METADATA, save_compressed_model
 from .config import check_least, check_positive, flag
 from .experts import experts_per_token, layer_folders
 from moe_nb.files import (
@@ -47,6 +47,7 @@ from .hf_names import cast_model
 from .refine import LayerRecord, record_layers, refine_experts
 from .resume import CompressedModelSaveCallback, stored_model
 from .shared_core import compressed_experts
+from .sources import find_tokenizer
 from .statistics import fingerprint
 from .targets import INDEX, OfflineTargets, capture_targets
 from .text import check_max_length, check_token_ids, named_texts, token_sequences
