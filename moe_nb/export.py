@@ -6,7 +6,7 @@
 __all__ = ['PASSING', 'EXPORT_RECORD', 'ExportLayout', 'stored_tensors', 'plain_model', 'reached', 'passing_of_source',
            'extra_of', 'hub_tensors', 'hub_shapes', 'places_of_own', 'places_in_rows', 'expert_places', 'hub_state',
            'export_layout', 'expert_weights', 'part_weights', 'write_part', 'tensor_places', 'describe_export',
-           'begin_export', 'write_export_record', 'finish_export', 'write_parts', 'export_to_hf_format']
+           'begin_export', 'write_export_record', 'finish_export', 'write_parts', 'export_to_hf_format', 'lost_tensors']
 
 # %% ../nbs/33_export.ipynb #2e651757
 import copy
@@ -35,6 +35,7 @@ from moe_nb.checkpoint import (
     verify_directory,
     write_card,
 )
+from .experts import find_experts
 from moe_nb.files import (
     begin_job,
     check_output,
@@ -61,6 +62,7 @@ from moe_nb.shards import (
     WANTED,
     create_file,
     dequantized,
+    empty_model,
     file_layout,
     load_tensors,
     open_shard,
@@ -71,6 +73,7 @@ from moe_nb.shards import (
     predicting_layers,
     release,
     runtime_names,
+    same_values,
     settle_ties,
     tensor_bytes,
     write_at,
@@ -508,3 +511,29 @@ def export_to_hf_format(
             complete_job(output, EXPORT_RECORD)
         state.wait_for_everyone()
     return Path(output_path)
+
+# %% ../nbs/33_export.ipynb #57553c9c
+def lost_tensors(
+    source: str | Path,  # A checkpoint, under the names of the hub
+    exported: str | Path,  # What was exported of it in the same data type
+) -> dict[str, str]:
+    """Name -> what is wrong, of each tensor of `source` that is not in `exported` as it was; empty: nothing is lost.
+
+    Experts of the model have other values, all else must be equal to the bit. fp8 counts as it is multiplied out."""
+    tensors = dequantized(Path(source), open_source(Path(source)))
+    found = open_source(Path(exported))
+    model = empty_model(Path(source), tensors)
+    experts = tuple(f"{name}." for name in find_experts(model))
+    placed = runtime_names(model, tensors)
+    wrong = {}
+    for name, value in tensors.items():
+        there = found.get(name)
+        if there is None:
+            wrong[name] = "is missing"
+        elif (there.shape, there.dtype) != (value.shape, value.dtype):
+            wrong[name] = (
+                f"was {tuple(value.shape)} {value.dtype}, is {tuple(there.shape)} {there.dtype}"
+            )
+        elif not placed.get(name, "").startswith(experts) and not same_values(value, there):
+            wrong[name] = "has other values"
+    return wrong
