@@ -385,6 +385,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'moe_nb.export.hub_shapes': ('export.html#hub_shapes', 'moe_nb/export.py'),
                                'moe_nb.export.hub_state': ('export.html#hub_state', 'moe_nb/export.py'),
                                'moe_nb.export.hub_tensors': ('export.html#hub_tensors', 'moe_nb/export.py'),
+                               'moe_nb.export.lost_tensors': ('export.html#lost_tensors', 'moe_nb/export.py'),
                                'moe_nb.export.original_folder': ('export.html#original_folder', 'moe_nb/export.py'),
                                'moe_nb.export.part_weights': ('export.html#part_weights', 'moe_nb/export.py'),
                                'moe_nb.export.passing_of_source': ('export.html#passing_of_source', 'moe_nb/export.py'),
