@@ -210,26 +210,25 @@ def compress_loaded(
     arguments: CompressArguments,
     config,  # A CompressionConfig
     sequences: list | None,  # Calibration, 1-D token-id tensors; sampled here for "self"
-    tokenizer,  # Saved with the model
 ):
     "Load the whole model, compress it and save it; returns its `CompressionStatistics`."
     from transformers import AutoModelForCausalLM
 
     from moe_nb.checkpoint import save_compressed_model
     from moe_nb.compress import compress_model
+    from moe_nb.sources import BESIDE_WEIGHTS, expanded, model_folder
     from moe_nb.text import self_sequences
 
     device_map = arguments.device_map or "auto"
+    model_folder(arguments.model, BESIDE_WEIGHTS)  # saved with the model
     model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype="auto", device_map=device_map
+        expanded(arguments.model), dtype="auto", device_map=device_map
     )
     if arguments.calibration == "self":
         limit = max(1, arguments.calibration_tokens // 256)
         sequences = self_sequences(model, limit=limit, seed=config.seed)
     model, statistics = compress_model(model, config, sequences)
-    save_compressed_model(
-        model, arguments.output_dir, tokenizer, weights_format=arguments.weights_format
-    )
+    save_compressed_model(model, arguments.output_dir, weights_format=arguments.weights_format)
     return statistics
 
 # %% ../nbs/65_cli.ipynb #e7b729ae
@@ -238,16 +237,18 @@ def compress(argv: list[str]) -> None:
     "Compress a Mixture-of-Experts model and save it completely."
     from accelerate import PartialState
 
-    from moe_nb.checkpoint import METADATA, find_tokenizer
+    from moe_nb.checkpoint import METADATA
     from moe_nb.files import check_output
     from moe_nb.layer import CompressionConfig
     from moe_nb.plan import outcome
     from moe_nb.report import report
+    from moe_nb.sources import find_tokenizer
     from moe_nb.stream import compress_checkpoint
 
     arguments, config = parse(argv, "compress", CompressArguments, CompressionConfig)
     check_output(Path(arguments.output_dir), METADATA)
-    tokenizer = find_tokenizer(arguments.model)
+    reads_text = arguments.calibration not in ("none", "self")
+    tokenizer = find_tokenizer(arguments.model) if reads_text else None
     sequences = text_sequences(
         tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens
     )
@@ -259,11 +260,10 @@ def compress(argv: list[str]) -> None:
             arguments.output_dir,
             config,
             sequences,
-            tokenizer=tokenizer,
             weights_format=arguments.weights_format,
         )
     else:
-        statistics = compress_loaded(arguments, config, sequences, tokenizer)
+        statistics = compress_loaded(arguments, config, sequences)
     if not PartialState().is_main_process:
         return
     print(report(arguments.output_dir))
