@@ -9,10 +9,11 @@ __all__ = ['COMMANDS', 'SOURCES', 'TEXTS', 'TEXT_SUFFIXES', 'FIRST_WORD', 'SWITC
            'with_first_word', 'given', 'is_path', 'check_inputs', 'raised_on_purpose', 'user_error', 'Terminated',
            'sigterm_raises', 'left_by', 'say_stopped', 'run_command', 'main', 'SourceArguments', 'PlanArguments',
            'printed_elsewhere', 'plan', 'text_sequences', 'CompressArguments', 'HubArguments', 'check_hub', 'push',
-           'plan_from_files', 'FeedbackArguments', 'taken_up', 'distill', 'InspectArguments', 'check_figure', 'inspect',
-           'EvaluateArguments', 'repeat_command', 'record_on_card', 'are_scores', 'evaluate', 'WatchArguments', 'watch',
-           'ExportArguments', 'export', 'bench', 'NotebookArguments', 'notebook', 'DemoArguments', 'demo_calibration',
-           'demo_models', 'check_demo', 'demo_scores', 'demo_points', 'demo_report', 'demo']
+           'plan_from_files', 'describe_loaded', 'compress_loaded', 'compress_source', 'compress', 'FeedbackArguments',
+           'taken_up', 'distill', 'InspectArguments', 'check_figure', 'inspect', 'EvaluateArguments', 'repeat_command',
+           'record_on_card', 'are_scores', 'evaluate', 'WatchArguments', 'watch', 'ExportArguments', 'export', 'bench',
+           'NotebookArguments', 'notebook', 'DemoArguments', 'demo_calibration', 'demo_models', 'check_demo',
+           'demo_scores', 'demo_points', 'demo_report', 'demo']
 
 # %% ../nbs/65_cli.ipynb #33ee9aa2
 import argparse
@@ -617,26 +618,20 @@ def compress_loaded(
 
     from moe_nb.checkpoint import METADATA, save_compressed_model
     from moe_nb.compress import compress_model
-<<<<<<< /tmp/tmpuq6k0w42/ours
     from moe_nb.files import is_finished, resolved_output
     from moe_nb.hf_names import check_device_map
+    from moe_nb.sources import BESIDE_WEIGHTS, expanded, model_folder
     from moe_nb.stream import finished_statistics
     from moe_nb.text import self_sequences
 
     device_map = arguments.device_map or "auto"
     check_device_map(device_map)
     output = resolved_output(arguments.output_dir)
+    model_folder(arguments.model, BESIDE_WEIGHTS)  # saved with the model
     job = describe_loaded(arguments, config, sequences)
     if is_finished(output, METADATA, job, arguments.overwrite):
         print(f"{output} is complete already: nothing was done", file=sys.stderr)
         return finished_statistics(output)
-=======
-    from moe_nb.sources import BESIDE_WEIGHTS, expanded, model_folder
-    from moe_nb.text import self_sequences
-
-    device_map = arguments.device_map or "auto"
-    model_folder(arguments.model, BESIDE_WEIGHTS)  # saved with the model
->>>>>>> /tmp/tmpuq6k0w42/theirs
     model = AutoModelForCausalLM.from_pretrained(
         expanded(arguments.model), dtype="auto", device_map=device_map
     )
@@ -644,13 +639,7 @@ def compress_loaded(
         limit = max(1, arguments.calibration_tokens // 256)
         sequences = self_sequences(model, limit=limit, seed=config.seed)
     model, statistics = compress_model(model, config, sequences)
-<<<<<<< /tmp/tmpuq6k0w42/ours
-    save_compressed_model(
-        model, output, tokenizer, weights_format=arguments.weights_format, job=job
-    )
-=======
-    save_compressed_model(model, arguments.output_dir, weights_format=arguments.weights_format)
->>>>>>> /tmp/tmpuq6k0w42/theirs
+    save_compressed_model(model, output, weights_format=arguments.weights_format, job=job)
     return statistics
 
 # %% ../nbs/65_cli.ipynb #e7b729ae
@@ -662,19 +651,19 @@ def compress_source(
     from moe_nb.sources import find_tokenizer
     from moe_nb.stream import compress_checkpoint
 
-    tokenizer = find_tokenizer(arguments.model)
+    reads_text = arguments.calibration not in ("none", "self")
+    tokenizer = find_tokenizer(arguments.model) if reads_text else None
     sequences = text_sequences(
         tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens
     )
     if arguments.device_map is not None or arguments.calibration == "self":
-        return compress_loaded(arguments, config, sequences, tokenizer), None
+        return compress_loaded(arguments, config, sequences), None
     planned = plan_from_files(arguments, config, sequences)
     statistics = compress_checkpoint(
         arguments.model,
         arguments.output_dir,
         config,
         sequences,
-        tokenizer=tokenizer,
         weights_format=arguments.weights_format,
         overwrite=arguments.overwrite,
     )
@@ -687,7 +676,6 @@ def compress(argv: list[str]) -> None:
     from accelerate import PartialState
 
     from moe_nb.checkpoint import METADATA
-<<<<<<< /tmp/tmpppdfqw1y/ours
     from moe_nb.files import check_output, resolved_output
     from moe_nb.hf_names import remote_code
     from moe_nb.layer import CompressionConfig
@@ -701,34 +689,6 @@ def compress(argv: list[str]) -> None:
     check_hub(hub.push_to_hub)
     with remote_code(source.trust_remote_code):
         statistics, planned = compress_source(arguments, config)
-=======
-    from moe_nb.files import check_output
-    from moe_nb.layer import CompressionConfig
-    from moe_nb.plan import outcome
-    from moe_nb.report import report
-    from moe_nb.sources import find_tokenizer
-    from moe_nb.stream import compress_checkpoint
-
-    arguments, config = parse(argv, "compress", CompressArguments, CompressionConfig)
-    check_output(Path(arguments.output_dir), METADATA)
-    reads_text = arguments.calibration not in ("none", "self")
-    tokenizer = find_tokenizer(arguments.model) if reads_text else None
-    sequences = text_sequences(
-        tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens
-    )
-    planned = None
-    if arguments.device_map is None and arguments.calibration != "self":
-        planned = plan_from_files(arguments, config, sequences)
-        statistics = compress_checkpoint(
-            arguments.model,
-            arguments.output_dir,
-            config,
-            sequences,
-            weights_format=arguments.weights_format,
-        )
-    else:
-        statistics = compress_loaded(arguments, config, sequences)
->>>>>>> /tmp/tmpppdfqw1y/theirs
     if not PartialState().is_main_process:
         return
     print(report(arguments.output_dir))

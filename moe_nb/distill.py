@@ -31,13 +31,9 @@ from transformers import (
     is_bitsandbytes_available,
 )
 
-<<<<<<< /tmp/tmpm9e7yk56/ours
-from moe_nb.checkpoint import METADATA, save_compressed_model
-=======
-from moe_nb.checkpoint import METADATA, save_compressed_model, write_files_beside
->>>>>>> /tmp/tmpm9e7yk56/theirs
-from moe_nb.config import check_least, check_positive, flag
-from moe_nb.experts import experts_per_token, layer_folders
+from .checkpoint import METADATA, save_compressed_model, write_files_beside
+from .config import check_least, check_positive, flag
+from .experts import experts_per_token, layer_folders
 from moe_nb.files import (
     atomic_directory,
     check_output,
@@ -47,13 +43,10 @@ from moe_nb.files import (
     sha256,
     share,
 )
-from moe_nb.hf_names import cast_model
-from moe_nb.refine import LayerRecord, record_layers, refine_experts
-from moe_nb.resume import CompressedModelSaveCallback, stored_model
-from moe_nb.shared_core import compressed_experts
-<<<<<<< /tmp/tmpm9e7yk56/ours
-from moe_nb.sources import find_tokenizer
-=======
+from .hf_names import cast_model
+from .refine import LayerRecord, record_layers, refine_experts
+from .resume import CompressedModelSaveCallback, stored_model
+from .shared_core import compressed_experts
 from moe_nb.sources import (
     BESIDE_WEIGHTS,
     compressed_folder,
@@ -62,10 +55,9 @@ from moe_nb.sources import (
     find_tokenizer,
     model_folder,
 )
->>>>>>> /tmp/tmpm9e7yk56/theirs
-from moe_nb.statistics import fingerprint
-from moe_nb.targets import INDEX, OfflineTargets, capture_targets
-from moe_nb.text import check_max_length, check_token_ids, named_texts, token_sequences
+from .statistics import fingerprint
+from .targets import INDEX, OfflineTargets, capture_targets
+from .text import check_max_length, check_token_ids, named_texts, token_sequences
 from moe_nb.trainer import (
     DistillationTrainer,
     check_mixture,

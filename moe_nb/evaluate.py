@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['start_token', 'token_windows', 'batch_nll', 'perplexity', 'package_tasks', 'task_manager', 'check_tasks',
-           'random_state_kept', 'errors_only', 'native_stderr_hidden', 'silenced', 'clean_metrics', 'clean_results',
-           'lm_eval_results', 'evaluate_model', 'record_scores']
+           'random_state_kept', 'errors_only', 'native_stderr_hidden', 'silenced', 'model_and_tokenizer',
+           'clean_metrics', 'clean_results', 'lm_eval_results', 'evaluate_model', 'record_scores']
 
 # %% ../nbs/50_evaluate.ipynb #8ab0b152
 import copy
@@ -27,23 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-<<<<<<< /tmp/tmpwpp9e74t/ours
-from transformers import AutoTokenizer
 
-from moe_nb.calibrate import evaluation_mode
-from moe_nb.checkpoint import is_compressed, load_compressed_model
-from moe_nb.config import batch_size_of, check_dtype
-=======
-from transformers import AutoModelForCausalLM
-
-from moe_nb.calibrate import evaluation_mode
-from moe_nb.checkpoint import load_compressed_model
->>>>>>> /tmp/tmpwpp9e74t/theirs
-from moe_nb.files import replace_text
-from moe_nb.hf_names import check_device_map, pretrained_model
-from moe_nb.model_card import CARD, with_scores
-from moe_nb.sources import compressed_folder, expanded, find_tokenizer
-from moe_nb.text import check_max_length
+from .calibrate import evaluation_mode
+from .checkpoint import load_compressed_model
+from .config import batch_size_of, check_dtype
+from .files import replace_text
+from .hf_names import check_device_map, pretrained_model
+from .model_card import CARD, with_scores
+from .sources import compressed_folder, expanded, find_tokenizer
+from .text import check_max_length
 
 if TYPE_CHECKING:  # it takes seconds to import, and perplexity needs none of it
     from lm_eval.tasks import TaskManager
@@ -230,14 +222,9 @@ def model_and_tokenizer(
             raise ValueError(f"{place} has no tokenizer: pass one")
     if loaded:
         return model, tokenizer
-<<<<<<< /tmp/tmp_actxp1w/ours
-    load = load_compressed_model if is_compressed(source) else pretrained_model
-    return load(source, device_map=device_map, dtype=dtype), tokenizer
-=======
     compressed = compressed_folder(source) is not None
-    load = load_compressed_model if compressed else AutoModelForCausalLM.from_pretrained
+    load = load_compressed_model if compressed else pretrained_model
     return load(expanded(source), device_map=device_map, dtype=dtype), tokenizer
->>>>>>> /tmp/tmp_actxp1w/theirs
 
 # %% ../nbs/50_evaluate.ipynb #d3045de2
 def clean_metrics(task: str, metrics: dict) -> dict[str, float]:
