@@ -31,8 +31,9 @@ from transformers import AutoTokenizer
 
 from .calibrate import evaluation_mode
 from .checkpoint import is_compressed, load_compressed_model
+from .config import batch_size_of, check_dtype
 from .files import replace_text
-from .hf_names import pretrained_model
+from .hf_names import check_device_map, pretrained_model
 from .model_card import CARD, with_scores
 from .text import check_max_length
 
@@ -266,7 +267,7 @@ def lm_eval_results(
     names: list[str],  # Tasks and groups
     manager: "TaskManager",  # That knows them
     *,
-    batch_size: int = 8,  # Sequences at a time
+    batch_size: int | str = 8,  # Sequences at a time; "auto", "auto:N": what the memory holds
     limit: int | float | None = None,  # First items of each task: a number, or a share below 1
     num_fewshot: int | None = None,  # Examples in the prompt; default: what the task says
     log_samples: bool = False,  # Also what the model answered to every item
@@ -300,7 +301,7 @@ def evaluate_model(
     tasks: list[str] | str,  # Tasks or groups; a string holds several, separated by commas
     *,
     tokenizer=None,  # A tokenizer, or where to load it from; default: where the model is from
-    batch_size: int = 8,  # Sequences at a time
+    batch_size: int | str = 8,  # Sequences at a time; "auto", "auto:N": what the memory holds
     limit: int | float | None = None,  # First items of each task: a number, or a share below 1
     device_map="auto",  # For a model that is loaded here, as in transformers
     dtype=None,  # For a model that is loaded here; default: that of the checkpoint
@@ -312,13 +313,14 @@ def evaluate_model(
     Global state and the mode of the model stay as they were."""
     listed = tasks.split(",") if isinstance(tasks, str) else tasks
     names = [name.strip() for name in listed if name.strip()]
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    batch_size = batch_size_of(batch_size)
     if limit is not None and limit <= 0:
         raise ValueError(f"limit must be above 0; got {limit}")
     with silenced():
         manager = task_manager(names, include_path)
     check_tasks(names, manager)
+    check_device_map(device_map)
+    check_dtype(dtype)
     model, tokenizer = model_and_tokenizer(model, tokenizer, device_map, dtype)
     results = lm_eval_results(
         model,

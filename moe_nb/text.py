@@ -7,7 +7,8 @@ __all__ = ['TEXT_FILES', 'TABLES', 'KINDS_OF_TEXT', 'MESSAGES', 'text_kind', 'op
            'parquet_rows', 'file_rows', 'is_conversation', 'document_in', 'documents_in', 'text_files', 'saved_rows',
            'is_saved', 'text_path', 'check_texts', 'hub_rows', 'read_texts', 'some_texts', 'named_texts', 'chosen_text',
            'without_nulls', 'conversation_text', 'document_text', 'token_ids', 'document_tokens', 'token_sequences',
-           'check_max_length', 'check_sequence', 'batches', 'calibration_sequences', 'self_sequences']
+           'check_max_length', 'check_token_ids', 'check_sequence', 'batches', 'calibration_sequences',
+           'self_sequences']
 
 # %% ../nbs/03_text.ipynb #197103b1
 import gzip
@@ -412,6 +413,18 @@ def check_max_length(model: nn.Module, max_length: int) -> None:
         raise ValueError(
             f"max_length {max_length} is beyond the {positions} positions of the model"
         )
+
+# %% ../nbs/03_text.ipynb #db31dc53
+def check_token_ids(sequences: Iterable[torch.Tensor], model: nn.Module) -> None:
+    "Raise `ValueError` where a sequence holds a token for which `model` has no embedding."
+    known = model.get_input_embeddings().weight.shape[0]
+    for ids in sequences:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            wrong = int(ids.max()) if int(ids.max()) >= known else int(ids.min())
+            raise ValueError(
+                f"the text holds the token {wrong}, and the model has embeddings for 0 to {known - 1}: "
+                "the tokenizer is not that of the model, or tokens were added to it"
+            )
 
 # %% ../nbs/03_text.ipynb #81c32286
 def check_sequence(ids: torch.Tensor) -> None:
