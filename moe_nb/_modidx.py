@@ -223,6 +223,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'moe_nb.cli.user_error': ('cli.html#user_error', 'moe_nb/cli.py'),
                             'moe_nb.cli.version_line': ('cli.html#version_line', 'moe_nb/cli.py'),
                             'moe_nb.cli.watch': ('cli.html#watch', 'moe_nb/cli.py'),
+                            'moe_nb.cli.with_calibration': ('cli.html#with_calibration', 'moe_nb/cli.py'),
                             'moe_nb.cli.with_config': ('cli.html#with_config', 'moe_nb/cli.py'),
                             'moe_nb.cli.with_first_word': ('cli.html#with_first_word', 'moe_nb/cli.py'),
                             'moe_nb.cli.with_home': ('cli.html#with_home', 'moe_nb/cli.py')},

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from .calibrate import evaluation_mode
-from .checkpoint import METADATA, find_tokenizer, save_compressed_model
+from .checkpoint import METADATA, save_compressed_model
 from .config import check_least, check_positive, flag
 from .experts import experts_per_token, layer_folders
 from moe_nb.files import (
@@ -54,6 +54,7 @@ from moe_nb.resume import (
     stored_model,
 )
 from .shared_core import compressed_experts
+from .sources import find_tokenizer
 from .statistics import fingerprint, samples_digest
 from .targets import INDEX, OfflineTargets, capture_targets, sequence_key
 from moe_nb.text import (
@@ -458,23 +459,21 @@ def check_text(config: DistillationConfig, digests: dict[str, str]) -> None:
 
 # %% ../nbs/44_distill.ipynb #b0fc7f97
 def claim_run(config: DistillationConfig, digests: dict[str, str]) -> None:
-    "Let `output_dir` begin with the configuration and the `digests` of its text, if it is free; else say what goes on."
+    "Let `output_dir` begin with the configuration and the `digests` of its text, if it is free; else note what goes on."
     record = json.dumps(run_identity(config) | {TEXT: digests}, indent=2)
     output = Path(config.output_dir)
     if not (output / RUN).is_file():
         with atomic_directory(output, RUN) as folder:
             (folder / RUN).write_text(record)
         return
-    layers = len(list((output / "blocks").glob("layer_*.safetensors")))
-    found = [path.name for path in checkpoints(output)[-1:]] or ["no checkpoint"]
-    to = f", now to step {config.max_steps} on the schedule of that length"
-    logging.getLogger(__name__).warning(
-        "%s goes on: %d layers of the block-wise stage are done, %s is the newest checkpoint%s",
-        config.output_dir,
-        layers,
-        *found,
-        to if is_extended(config) else "",
-    )
+    if is_extended(config):
+        found = [path.name for path in checkpoints(output)[-1:]] or ["the start"]
+        logging.getLogger(__name__).warning(
+            "%s goes on from %s to step %d; the learning rate follows the schedule of a run of that length",
+            config.output_dir,
+            *found,
+            config.max_steps,
+        )
     replace_text(output / RUN, record)
 
 # %% ../nbs/44_distill.ipynb #fc258c12
