@@ -459,7 +459,7 @@ def check_text(config: DistillationConfig, digests: dict[str, str]) -> None:
 
 # %% ../nbs/44_distill.ipynb #b0fc7f97
 def claim_run(config: DistillationConfig, digests: dict[str, str]) -> None:
-    "Let `output_dir` begin with the configuration and the `digests` of its text, if it is free; else note what goes on."
+    "Let `output_dir` begin with the configuration and the `digests` of its text, or note that it goes on."
     record = json.dumps(run_identity(config) | {TEXT: digests}, indent=2)
     output = Path(config.output_dir)
     if not (output / RUN).is_file():
