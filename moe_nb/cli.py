@@ -9,11 +9,11 @@ __all__ = ['COMMANDS', 'SOURCES', 'TEXTS', 'TEXT_SUFFIXES', 'FIRST_WORD', 'SWITC
            'with_first_word', 'given', 'is_path', 'check_inputs', 'raised_on_purpose', 'user_error', 'Terminated',
            'sigterm_raises', 'left_by', 'say_stopped', 'run_command', 'main', 'SourceArguments', 'PlanArguments',
            'printed_elsewhere', 'plan', 'text_sequences', 'CompressArguments', 'HubArguments', 'check_hub', 'push',
-           'plan_from_files', 'describe_loaded', 'compress_loaded', 'compress_source', 'compress', 'FeedbackArguments',
-           'taken_up', 'distill', 'InspectArguments', 'check_figure', 'inspect', 'EvaluateArguments', 'repeat_command',
-           'record_on_card', 'are_scores', 'evaluate', 'WatchArguments', 'watch', 'ExportArguments', 'export', 'bench',
-           'NotebookArguments', 'notebook', 'DemoArguments', 'demo_calibration', 'demo_models', 'check_demo',
-           'demo_scores', 'demo_points', 'demo_report', 'demo']
+           'plan_from_files', 'describe_loaded', 'compress_loaded', 'with_calibration', 'compress_source', 'compress',
+           'FeedbackArguments', 'taken_up', 'distill', 'InspectArguments', 'check_figure', 'inspect',
+           'EvaluateArguments', 'repeat_command', 'record_on_card', 'are_scores', 'evaluate', 'WatchArguments', 'watch',
+           'ExportArguments', 'export', 'bench', 'NotebookArguments', 'notebook', 'DemoArguments', 'demo_calibration',
+           'demo_models', 'check_demo', 'demo_scores', 'demo_points', 'demo_report', 'demo']
 
 # %% ../nbs/65_cli.ipynb #33ee9aa2
 import argparse
@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -303,7 +303,7 @@ def user_error(error: Exception) -> str | None:
         return f"out of memory: {text}"
     if type(error).__module__.partition(".")[0] in OF_LIBRARIES:
         return f"{type(error).__name__}: {text}"
-    if isinstance(error, RuntimeError | AssertionError):
+    if isinstance(error, RuntimeError | AssertionError | FloatingPointError):
         if raised_on_purpose(error) or any(words in text for words in OF_DEVICES):
             return text
     return None
@@ -479,11 +479,13 @@ class CompressArguments:
     model: str = flag("the model to compress: a directory or a hub id")
     output_dir: str = flag("where the compressed model is written")
     weights_format: str = flag("safetensors or pt", default="safetensors")
-    calibration: str = flag(
-        "what weights the fit: embedded (the documentation of Python), "
-        "a file (.txt, .md, .jsonl, .json, .parquet), "
-        "a hub data set (name or name:configuration), self (sampled from the model), or none",
-        default="embedded",
+    calibration: str | None = flag(
+        "what weights the fit: a file (.txt, .md, .jsonl, .json, .csv, each also .gz; .parquet), "
+        "a folder of such files, a directory of save_to_disk, a hub data set (name or name:configuration), "
+        "self (sampled from the model), none, or embedded (the documentation of Python), "
+        "which is the default for the embedded models alone; "
+        "conversations (a column messages) go through the chat template",
+        default=None,
     )
     calibration_column: str = flag("column of the data that holds the text", default="text")
     calibration_tokens: int = flag(
@@ -614,12 +616,10 @@ def compress_loaded(
     sequences: list | None,  # Calibration, 1-D token-id tensors; sampled here for "self"
 ):
     "Load the whole model, compress it and save it; returns its `CompressionStatistics`."
-    from transformers import AutoModelForCausalLM
-
     from moe_nb.checkpoint import METADATA, save_compressed_model
     from moe_nb.compress import compress_model
     from moe_nb.files import is_finished, resolved_output
-    from moe_nb.hf_names import check_device_map
+    from moe_nb.hf_names import check_device_map, pretrained_model
     from moe_nb.sources import BESIDE_WEIGHTS, expanded, model_folder
     from moe_nb.stream import finished_statistics
     from moe_nb.text import self_sequences
@@ -632,15 +632,25 @@ def compress_loaded(
     if is_finished(output, METADATA, job, arguments.overwrite):
         print(f"{output} is complete already: nothing was done", file=sys.stderr)
         return finished_statistics(output)
-    model = AutoModelForCausalLM.from_pretrained(
-        expanded(arguments.model), dtype="auto", device_map=device_map
-    )
+    place = expanded(arguments.model)
+    model = pretrained_model(place, dtype="auto", device_map=device_map)
     if arguments.calibration == "self":
         limit = max(1, arguments.calibration_tokens // 256)
         sequences = self_sequences(model, limit=limit, seed=config.seed)
     model, statistics = compress_model(model, config, sequences)
     save_compressed_model(model, output, weights_format=arguments.weights_format, job=job)
     return statistics
+
+# %% ../nbs/65_cli.ipynb #2ece9cd0
+def with_calibration(arguments: CompressArguments) -> CompressArguments:
+    "`arguments` with the calibration named; raises where it has to be chosen, or its text is not there."
+    from moe_nb.text import check_texts, chosen_text
+
+    others = ("self (sampled from the model)", "none (every weight counts alike)")
+    chosen = chosen_text(arguments.calibration, arguments.model, "--calibration", others)
+    if chosen not in ("self", "none"):
+        check_texts(chosen)
+    return replace(arguments, calibration=chosen)
 
 # %% ../nbs/65_cli.ipynb #e7b729ae
 def compress_source(
@@ -686,6 +696,7 @@ def compress(argv: list[str]) -> None:
         argv, "compress", CompressArguments, SourceArguments, HubArguments, CompressionConfig
     )
     check_output(resolved_output(arguments.output_dir), METADATA)
+    arguments = with_calibration(arguments)
     check_hub(hub.push_to_hub)
     with remote_code(source.trust_remote_code):
         statistics, planned = compress_source(arguments, config)

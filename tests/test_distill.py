@@ -12,12 +12,14 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import harness
 from harness import kill_and_resume, shares, start_function
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model, verify_directory
 from moe_nb.compress import compress_model
 from moe_nb.distill import DistillationConfig, distill
+from moe_nb.evaluate import model_and_tokenizer
 from moe_nb.layer import CompressionConfig
 from moe_nb.resume import (
     TRAINER_STATE,
@@ -26,6 +28,7 @@ from moe_nb.resume import (
     newest_checkpoint,
     stored_model,
 )
+from moe_nb.stream import compress_checkpoint
 from moe_nb.tiny import load_tiny, tiny_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,3 +268,84 @@ def test_sharded_processes_equal_one(student, one, tmp_path):
     shutil.rmtree(output / "checkpoint-6")
     launch(options, 2, **fsdp2())
     assert_same(output / "final", tmp_path / "ended")
+
+
+# Models that see, and conversations
+
+
+def image_text_model(folder):
+    "A small random Qwen3-VL-MoE in bf16, with the embedded tokenizer"
+    text = dict(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        head_dim=16,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]),
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=2,
+        out_hidden_size=32,
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    Qwen3VLMoeForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+    load_tiny()[1].save_pretrained(folder)
+
+
+def test_image_text_model_learns_from_text(tmp_path):
+    "Both stages; the class, the vision tower and the data type stay"
+    source, compressed = tmp_path / "source", tmp_path / "compressed"
+    image_text_model(source)
+    compress_checkpoint(source, compressed, CompressionConfig(ratio=0.9, rounds=1))
+    changes = dict(teacher_model=str(source), dataset="embedded", max_tokens=4096)
+    final = distill(DistillationConfig(**settings(compressed, tmp_path / "run", **changes)))
+    before, after = stored_model(compressed), stored_model(final)
+    assert type(after) is Qwen3VLMoeForConditionalGeneration and after.dtype == torch.bfloat16
+    assert type(model_and_tokenizer(source, device_map="cpu")[0]) is type(after)
+    old, new = weights(compressed), weights(final)
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys() and before.dtype == after.dtype
+    assert any("experts" in name for name in changed)
+    assert not any("visual" in name for name in changed)
+    ids = torch.arange(1, 40)[None]
+    assert after(ids).logits.isfinite().all()
+
+
+def test_conversations_and_other_models_text(student, tmp_path):
+    "Chat data go through the template of the student's tokenizer; for a model of somebody else the text is a choice"
+    own, run = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(student, own)
+    tokenizer = load_tiny()[1]
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}"
+    )
+    tokenizer.save_pretrained(own)
+    talk = [{"role": "user", "content": "What is a list?"}]
+    talk.append({"role": "assistant", "content": "A list is a sequence of items. " * 40})
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 4))
+    short = dict(block_steps=0, max_steps=1, save_steps=1, max_length=32)
+    chat = settings(own, run, dataset=str(tmp_path / "chat.jsonl"), **short)
+    assert distill(DistillationConfig(**chat)) == run / "final"
+    # the tokenizer of the plain student has no template
+    plain = chat | dict(student_model_path=str(student), output_dir=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="chat template"):
+        distill(DistillationConfig(**plain))
+
+    image_text_model(tmp_path / "other")
+    other = settings(student, tmp_path / "none", teacher_model=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="--dataset is needed.*embedded"):
+        distill(DistillationConfig(**other))
+    with pytest.raises(FileNotFoundError, match=r"texts\.txt: no such file"):
+        distill(DistillationConfig(**other | dict(dataset="texts.txt")))
+    assert not (tmp_path / "none").exists()
