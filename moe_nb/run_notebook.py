@@ -280,13 +280,13 @@ def run_notebook(
     nb = nbformat.read(path, as_version=4)
     with_parameters(nb, parameter_values(nb, list(parameters)))
     record = dict(notebook=path.name, parameters=list(parameters), complete=False)
-    nb["metadata"][RAN] = record
+    nb["metadata"][RAN] = record  # nbformat keeps a copy
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def save():
         replace_text(output, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
     execute(nb, path.parent, save, f"it is in {output}, with what ran before it")
-    record["complete"] = True
+    nb["metadata"][RAN]["complete"] = True
     save()
     return output
