@@ -29,6 +29,7 @@ from .compress import compress_model
 from .config import check_positive, flag
 from .experts import find_experts
 from .files import check_result_file, replace_text, resolved_output, whole_file
+from .hf_names import cast_model
 from .layer import CompressionConfig, fit_layer
 from .plots import plot_roofline, plot_speedups
 from moe_nb.shared_core import (
@@ -387,7 +388,7 @@ def random_model(
         bos_token_id=None,
     )
     with torch.device("meta"):
-        compressed = Qwen3MoeForCausalLM(config).to(dtype)
+        compressed = cast_model(Qwen3MoeForCausalLM(config), dtype)
     for name, experts in find_experts(compressed).items():
         shell = experts.to_empty(device=device)  # untouched pages take no memory
         compressed.set_submodule(name, compressed_block(shell, dims, ratio))

@@ -43,6 +43,7 @@ from moe_nb.files import (
     sha256,
     share,
 )
+from .hf_names import cast_model
 from .refine import LayerRecord, record_layers, refine_experts
 from .resume import CompressedModelSaveCallback, stored_model
 from .shared_core import compressed_experts
@@ -262,7 +263,8 @@ def passes(
     "`names` in groups whose records fit into `memory` together."
     itemsize = teacher.dtype.itemsize
     states = 2 * teacher.config.get_text_config().hidden_size * itemsize  # Inputs and outputs
-    choices = experts_per_token(teacher) * (8 + itemsize)  # Which experts, and their weights
+    top_k = max((experts_per_token(teacher, name) for name in names), default=1)
+    choices = top_k * (8 + itemsize)  # Which experts, and their weights
     layer = tokens * (states + choices)
     size = max(1, int(memory * 1e9 / layer))
     return [names[start : start + size] for start in range(0, len(names), size)]
@@ -390,7 +392,8 @@ def load_student(config: DistillationConfig) -> nn.Module:
             f"{config.student_model_path}: no such directory; "
             "expected a compressed model, written by moe-nb compress"
         )
-    student = stored_model(config.student_model_path).to(getattr(torch, config.dtype))
+    stored = stored_model(config.student_model_path)
+    student = cast_model(stored, getattr(torch, config.dtype))
     if not compressed_experts(student):
         logging.getLogger(__name__).warning(
             "%s is not compressed: the block-wise stage has nothing to do, "
@@ -519,7 +522,7 @@ def write_result(
     It is written in the data type of the student's directory."""
     stored_dtype = AutoConfig.from_pretrained(config.student_model_path).dtype
     if stored_dtype is not None:
-        model.to(stored_dtype)
+        cast_model(model, stored_dtype)
     final = Path(config.output_dir) / "final"
     if compressed_experts(model):
         model.config.quantization_config.compression["distillation"] = run_identity(config)

@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from .calibrate import evaluation_mode
 from .checkpoint import is_compressed, load_compressed_model
 from .config import batch_size_of, check_dtype
 from .files import replace_text
-from .hf_names import check_device_map
+from .hf_names import check_device_map, pretrained_model
 from .model_card import CARD, with_scores
 from .text import check_max_length
 
@@ -219,7 +219,7 @@ def model_and_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer or source)
     if loaded:
         return model, tokenizer
-    load = load_compressed_model if is_compressed(source) else AutoModelForCausalLM.from_pretrained
+    load = load_compressed_model if is_compressed(source) else pretrained_model
     return load(source, device_map=device_map, dtype=dtype), tokenizer
 
 # %% ../nbs/50_evaluate.ipynb #d3045de2

@@ -17,7 +17,6 @@ from pathlib import Path
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
-    AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -41,7 +40,7 @@ from moe_nb.files import (
     replace_text,
     sha256,
 )
-from .hf_names import TrainOutput
+from .hf_names import TrainOutput, pretrained_model
 from .shared_core import compressed_experts
 
 # %% ../nbs/42_resume.ipynb #91acbbe6
@@ -49,7 +48,7 @@ def stored_model(path: str | Path) -> nn.Module:
     "The model in a directory, compressed or not, on the CPU and in the data type it is stored in."
     if is_compressed(path):
         return load_compressed_model(path, device_map={"": "cpu"})
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    return pretrained_model(path, dtype="auto")
 
 # %% ../nbs/42_resume.ipynb #ca5f530f
 TRAINER_STATE = "trainer_state.json"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Place', 'OpenCheckpoint', 'open_checkpoint', 'StreamRun', 'describe_job', 'load_part', 'read_layer', 'write_layer',
            'LayerFit', 'fit_one', 'compress_layer', 'compress_layers', 'left_alone', 'rest_shapes', 'as_pickles',
-           'copy_left_alone', 'copy_rest', 'sample_rest', 'run_statistics', 'remove_leftovers', 'insert_layers',
-           'finish_run', 'load_aligned', 'layer_loaded', 'load_outside', 'calibrate_run', 'StoredCalibration',
-           'read_calibration', 'group_files', 'store_groups', 'StoredFit', 'fit_together', 'unpack_layer', 'begin_run',
-           'finished_statistics', 'compress_checkpoint']
+           'copy_left_alone', 'create_files', 'copy_rest', 'copy_extra', 'sample_rest', 'run_statistics',
+           'remove_leftovers', 'insert_layers', 'finish_run', 'load_aligned', 'layer_loaded', 'load_outside',
+           'calibrate_run', 'StoredCalibration', 'read_calibration', 'group_files', 'store_groups', 'StoredFit',
+           'fit_together', 'unpack_layer', 'begin_run', 'finished_statistics', 'compress_checkpoint']
 
 # %% ../nbs/35_stream.ipynb #4d5d17bc
 import json
@@ -27,12 +27,14 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from .calibrate import check_head
 from moe_nb.checkpoint import (
+    EXTRA,
     METADATA,
     SUFFIXES,
-    find_tokenizer,
     split_state,
     write_card,
+    write_files_beside,
     write_metadata,
     write_records,
     write_shards,
@@ -55,7 +57,7 @@ from moe_nb.files import (
 )
 from .fit import make_group, pack_group
 from .hf_format import empty_experts, factor_shapes, mark_compressed, set_conversions_aside
-from .hf_names import dot_natural_key
+from .hf_names import cast_model, dot_natural_key, family_dtypes
 from moe_nb.layer import (
     CompressionConfig,
     align_layer,
@@ -85,17 +87,19 @@ from moe_nb.shards import (
     create_file,
     dequantized,
     empty_model,
+    extra_tensors,
     load_tensors,
     open_source,
     parts_of,
     release,
     runtime_names,
-    source_folder,
+    settle_ties,
     source_identity,
     tensor_bytes,
     write_at,
 )
 from .shared_core import SharedCore, SharedCoreExperts
+from .sources import model_folder
 from moe_nb.statistics import (
     CompressionStatistics,
     compression_record,
@@ -107,7 +111,7 @@ from moe_nb.statistics import (
     summarize,
     versions,
 )
-from .text import check_token_ids
+from .text import calibration_sequences, check_token_ids
 
 # %% ../nbs/35_stream.ipynb #e6f73390
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,7 @@ class OpenCheckpoint:
     tensors: dict[str, LazyTensor]  # By their names in the checkpoint
     model: nn.Module  # On the meta device
     names: dict[str, str]  # In the checkpoint -> in the model
+    extra: dict[str, LazyTensor]  # In the checkpoint, without a place in the model
     experts: dict[str, nn.Module]  # Name -> module of `model` that is to be compressed
     parameters: list[str]  # Names, in the order of the model
     outside: int  # Parameters outside `experts`
@@ -129,18 +134,25 @@ def open_checkpoint(
     calibrated: bool = False,  # Whether data will weight the fit
 ) -> OpenCheckpoint:
     "Open a checkpoint; every check that needs no weights comes here."
-    folder = source_folder(source)
+    folder = model_folder(source)
     tensors = dequantized(folder, open_source(folder))
     model = empty_model(folder, tensors)
     model.config._name_or_path = str(source)
+    placed = runtime_names(model, tensors)
+    extra = extra_tensors(model, tensors, placed)
+    names = settle_ties(model, tensors, placed)
+    extra |= {name: tensors[name] for name in placed if name not in names}
     experts = selected_experts(model, config)
     check_work(experts, config, calibrated)
+    if calibrated:
+        check_head(model)
     compressed = sum(stored_parameters(module) for module in experts.values())
     return OpenCheckpoint(
         folder=folder,
         tensors=tensors,
         model=model,
-        names=runtime_names(model, tensors),
+        names=names,
+        extra=extra,
         experts=experts,
         parameters=[name for name, _ in model.named_parameters()],
         outside=stored_parameters(model) - compressed,
@@ -155,7 +167,7 @@ class StreamRun:
     config: CompressionConfig
     output: Path
     calibration: list[torch.Tensor] = field(default_factory=list)  # 1-D token-id tensors
-    tokenizer: object = None  # Saved with the result
+    tokenizer: object = None  # Saved with the result, in place of that of the source
     weights_format: str = "safetensors"  # Or "pt"
     max_shard_size: str = "5GB"  # Of each file of weights
     device: torch.device = torch.device("cpu")  # Where a layer is fitted
@@ -262,7 +274,7 @@ def fit_one(
         name,
         experts,
         compressed,
-        top_k=experts_per_token(run.checkpoint.model),
+        top_k=experts_per_token(run.checkpoint.model, name),
         errors=errors,
         unseen=fitted.unseen,
     )
@@ -324,21 +336,24 @@ def left_alone(checkpoint: OpenCheckpoint) -> list[str]:
 
 # %% ../nbs/35_stream.ipynb #dc75bd37
 def rest_shapes(checkpoint: OpenCheckpoint, dtype: str | None) -> dict[str, torch.Tensor]:
-    "Name -> meta tensor of all that is not compressed, ordered as `save_compressed_model` does; floats in `dtype`."
+    """Name -> meta tensor of all that is not compressed, ordered as `save_compressed_model` does.
+
+    Each in its stored type, or in that which `from_pretrained(dtype=dtype)` gives it."""
     alone = left_alone(checkpoint)
     of_experts = tuple(f"{name}." for name in (*checkpoint.experts, *alone))
     tensors = {}
+    running = dict(checkpoint.names)  # Name of a tensor -> name in the running model
     for name, runtime_name in checkpoint.names.items():
         if not runtime_name.startswith(of_experts):
             tensors[name] = checkpoint.tensors[name]
     for name in alone:
         for key, value in checkpoint.model.get_submodule(name).named_parameters():
             tensors[f"{name}.{key}"] = value
+            running[f"{name}.{key}"] = f"{name}.{key}"
+    asked = family_dtypes(checkpoint.model, getattr(torch, dtype)) if dtype else {}
     shapes = {}
     for name in sorted(tensors, key=dot_natural_key):
-        kept = tensors[name].dtype
-        if dtype and kept.is_floating_point:
-            kept = getattr(torch, dtype)
+        kept = asked.get(running[name], tensors[name].dtype)
         shapes[name] = torch.empty(tensors[name].shape, dtype=kept, device="meta")
     return shapes
 
@@ -368,26 +383,45 @@ def copy_left_alone(
         release(checkpoint.model.get_submodule(module))
 
 # %% ../nbs/35_stream.ipynb #103fb54d
+def create_files(
+    folder: Path,  # Of the result
+    file: str,  # Without suffix
+    shapes: dict[str, torch.Tensor],  # Name -> meta tensor
+    max_shard_size: str,  # As in "5GB"
+) -> dict[str, Place]:
+    "Make safetensors files of full size for `shapes`, several if they are large; returns where each tensor goes."
+    pattern = f"{file}{{suffix}}.safetensors"
+    shards = split_torch_state_dict_into_shards(
+        shapes, filename_pattern=pattern, max_shard_size=max_shard_size
+    )
+    places = {}
+    for shard, names in shards.filename_to_tensors.items():
+        offsets = create_file(folder / shard, {name: shapes[name] for name in names})
+        places |= {name: (folder / shard, offset) for name, offset in offsets.items()}
+    return places
+
+
 def copy_rest(run: StreamRun) -> dict[str, str]:
     "Copy all tensors outside the compressed experts into the result; returns tensor name -> file."
     shapes = rest_shapes(run.checkpoint, run.config.dtype)
-    shards = split_torch_state_dict_into_shards(
-        shapes,
-        filename_pattern="non_moe_weights{suffix}.safetensors",
-        max_shard_size=run.max_shard_size,
-    )
-    places = {}
-    for file, names in shards.filename_to_tensors.items():
-        path = run.result / file
-        offsets = create_file(path, {name: shapes[name] for name in names})
-        places |= {name: (path, offset) for name, offset in offsets.items()}
+    places = create_files(run.result, "non_moe_weights", shapes, run.max_shard_size)
     for name in tqdm(shapes, desc="copying", unit="tensor", leave=False):
         if name in run.checkpoint.tensors:
             copy_tensor(run.checkpoint.tensors[name], *places[name], shapes[name].dtype)
     copy_left_alone(run.checkpoint, places, shapes)
-    if run.weights_format == "pt":
-        return as_pickles(run.result, shards.tensor_to_filename)
-    return shards.tensor_to_filename
+    weight_map = {name: path.name for name, (path, _) in places.items()}
+    return as_pickles(run.result, weight_map) if run.weights_format == "pt" else weight_map
+
+
+def copy_extra(run: StreamRun) -> None:
+    "Copy the tensors without a place in the model into files of their own, as they are."
+    extra, shapes = run.checkpoint.extra, {}
+    for name in sorted(extra, key=dot_natural_key):
+        value = extra[name]
+        shapes[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    places = create_files(run.result, EXTRA, shapes, run.max_shard_size) if extra else {}
+    for name in tqdm(places, desc="copying", unit="tensor", leave=False):
+        copy_tensor(extra[name], *places[name], extra[name].dtype)
 
 # %% ../nbs/35_stream.ipynb #815bd757
 def sample_rest(checkpoint: OpenCheckpoint) -> dict[str, str]:
@@ -431,7 +465,7 @@ def insert_layers(run: StreamRun, entries: dict[str, dict]) -> None:
         compressed = empty_experts(checkpoint.experts[name], entry["shapes"])
         checkpoint.model.set_submodule(name, compressed)
     if run.config.dtype:
-        checkpoint.model.to(getattr(torch, run.config.dtype))
+        cast_model(checkpoint.model, getattr(torch, run.config.dtype))
 
 # %% ../nbs/35_stream.ipynb #fd0e0704
 def finish_run(
@@ -443,6 +477,7 @@ def finish_run(
     checkpoint, model = run.checkpoint, run.checkpoint.model
     remove_leftovers(run, entries)
     weight_map = copy_rest(run)
+    copy_extra(run)
     samples = sample_rest(checkpoint)
     insert_layers(run, entries)
     for entry in entries.values():
@@ -458,9 +493,8 @@ def finish_run(
     )
     described = model.config.quantization_config
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    write_files_beside(checkpoint.folder, run.tokenizer, run.result)
     write_records(model, described, run.result, weight_map, size)
-    if run.tokenizer is not None:
-        run.tokenizer.save_pretrained(run.result)
     write_metadata(run.result, described, describe_job(run))
     write_card(run.result, run.output, how, described.statistics)
 
@@ -647,7 +681,7 @@ def compress_checkpoint(
     calibration: Iterable[torch.Tensor]
     | None = None,  # 1-D token-id tensors that weight the fit of a ratio
     *,
-    tokenizer=None,  # Saved with it; None: that of the source
+    tokenizer=None,  # Saved with it; None: the files of that of the source
     weights_format: str = "safetensors",  # Or "pt"
     max_shard_size: str = "5GB",  # Of each file of weights
     overwrite: bool = False,  # Whether an older result may be replaced; what others put there is kept
@@ -659,7 +693,7 @@ def compress_checkpoint(
     while another process writes it."""
     begun = time.time()
     state = processes()
-    calibration = list(calibration or [])
+    calibration = calibration_sequences(calibration)
     output = resolved_output(output)
     if weights_format not in SUFFIXES:
         raise ValueError(
@@ -671,7 +705,7 @@ def compress_checkpoint(
         config=config,
         output=output,
         calibration=calibration,
-        tokenizer=tokenizer or find_tokenizer(source),
+        tokenizer=tokenizer,
         weights_format=weights_format,
         max_shard_size=max_shard_size,
         device=state.device,

@@ -408,6 +408,46 @@ def test_only_hf_names_knows_the_inside_of_transformers(path):
     assert sorted(used) == sorted(allowed_inside(path)), "import these names from moe_nb.hf_names"
 
 
+# Names that stand for a whole model
+MODELS = {"model", "student", "teacher", "compressed_model", "exported", "reference", "stored"}
+
+
+def casts(tree):
+    "Calls in a syntax tree that cast a whole model by themselves"
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        receiver = ast.unparse(node.func.value).removesuffix(".model").split(".")[-1]
+        builds = receiver.endswith("(config)") or "stored_model(" in receiver
+        if not (builds or receiver in MODELS or ast.unparse(node.func.value).endswith(".model")):
+            continue
+        given = [ast.unparse(argument) for argument in (*node.args, *node.keywords)]
+        moves = all("device" in text and "dtype" not in text for text in given)
+        if node.func.attr in ("bfloat16", "half", "float", "double", "type"):
+            yield ast.unparse(node)
+        elif node.func.attr == "to" and not moves:
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=name)
+def test_only_cast_model_casts_a_model(path):
+    assert not list(casts(tree_of(path))), "use cast_model of moe_nb.hf_names"
+
+
+def test_casts_are_found():
+    for text in (
+        "model.to(torch.bfloat16)",
+        "student.half()",
+        "run.checkpoint.model.to(dtype)",
+        "stored_model(path).to(getattr(torch, config.dtype))",
+        "Qwen3MoeForCausalLM(config).to(dtype)",
+        "model.to(device, dtype)",
+    ):
+        assert list(casts(ast.parse(text))), text
+    for text in ("model.to(device)", "teacher.to(self.args.device)", "logits.float()"):
+        assert not list(casts(ast.parse(text))), text
+
+
 def test_imports_are_found():
     "The tests above see every way to import"
 
