@@ -297,8 +297,10 @@ def raised_on_purpose(error: BaseException) -> bool:
 def user_error(error: Exception) -> str | None:
     "What `error` says, in one line, where something is wrong with what the user gave; None for a fault of ours."
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ValueError | OSError | ImportError):
+    if isinstance(error, ValueError | OSError):
         return text
+    if isinstance(error, ImportError) and not (error.name or "").startswith("moe_nb"):
+        return text  # a package that is optional
     if isinstance(error, MemoryError):
         return f"out of memory: {text}"
     if type(error).__module__.partition(".")[0] in OF_LIBRARIES:
