@@ -31,6 +31,7 @@ from .checkpoint import INDEXES, METADATA, find_tokenizer, verify_directory, wri
 from moe_nb.files import (
     begin_job,
     check_output,
+    check_unfinished,
     complete_job,
     finish_piece,
     finished_piece,
@@ -407,6 +408,7 @@ def export_to_hf_format(
     layout = export_layout(compressed, dtype, max_shard_size)
     with sole_writer(output) if state.is_main_process else nullcontext():
         if state.is_main_process:
+            check_unfinished(output, EXPORT_RECORD, job, overwrite)
             begin_export(layout, output, job)
         state.wait_for_everyone()
         write_parts(layout, output, state)
