@@ -90,7 +90,7 @@ def two_runs(job, folder, output, how, draw, seconds):
     "Exit codes and logs of two runs, the second begun while the first runs, about; `how` one of them is disturbed"
     logs = [folder / "first.log", folder / "second.log"]
     children = [start_function(job, output, log=logs[0])]
-    time.sleep(draw.uniform(0, 1.2 * seconds))
+    time.sleep(draw.uniform(0, 0.7 * seconds))
     children.append(start_function(job, output, log=logs[1]))
     time.sleep(draw.uniform(0, 0.6 * seconds))
     disturb(draw.choice(children), how, draw.uniform(0, seconds))
