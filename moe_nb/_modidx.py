@@ -458,6 +458,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'moe_nb.files.begin_job': ('files.html#begin_job', 'moe_nb/files.py'),
                               'moe_nb.files.check_output': ('files.html#check_output', 'moe_nb/files.py'),
                               'moe_nb.files.check_result_file': ('files.html#check_result_file', 'moe_nb/files.py'),
+                              'moe_nb.files.check_unfinished': ('files.html#check_unfinished', 'moe_nb/files.py'),
                               'moe_nb.files.check_writable': ('files.html#check_writable', 'moe_nb/files.py'),
                               'moe_nb.files.complete_job': ('files.html#complete_job', 'moe_nb/files.py'),
                               'moe_nb.files.differences': ('files.html#differences', 'moe_nb/files.py'),
