@@ -35,8 +35,7 @@ def __getattr__(name: str):
 def _is_command() -> bool:
     "Whether this process is `moe-nb`, which looks at its arguments before it waits for torch and transformers."
     as_module = sys.argv[:1] == ["-m"] and "-m moe_nb.cli" in " ".join(sys.orig_argv)
-    as_script = sys.argv[:1] == ["-c"] and "from moe_nb.cli import main" in " ".join(sys.orig_argv)
-    return as_module or as_script or PurePath(*sys.argv[:1]).name == "moe-nb"
+    return as_module or PurePath(*sys.argv[:1]).name == "moe-nb"
 
 
 if not _is_command():  # every other process has all of the package, registered with transformers
