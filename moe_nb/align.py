@@ -62,9 +62,11 @@ def align_neurons(
 
 # %% ../nbs/21_align.ipynb #e3e01347
 def explained_by_mean(neurons_E3fd: torch.Tensor) -> float:
-    "Squared norm of the mean of the experts, relative to the mean of their squared norms."
+    "Squared norm of the mean of the experts, relative to the mean of their squared norms; 1 where all are zeros."
     total = sum(neurons_3fd.float().square().sum() for neurons_3fd in neurons_E3fd)
     energy = total / len(neurons_E3fd)
+    if not energy:
+        return 1.0
     return (expert_mean(neurons_E3fd).square().sum() / energy).item()
 
 # %% ../nbs/21_align.ipynb #29d4a55e

@@ -243,6 +243,7 @@ class CheckpointEvaluator:
         self.config = config
         self._adopted = set()
         self._failed = set()
+        self._told = False
 
     def evaluate_checkpoint(self, path: str | Path) -> dict:
         "The result of one model directory, read or made now; the queue stays as it is."
@@ -292,14 +293,24 @@ class CheckpointEvaluator:
             settle(self.folder, subject)
 
     def wait_for_run(self) -> None:
-        "Wait until the training has begun to write its directory."
-        run = self.folder.run
+        "Wait until the training has begun to write its directory; `ValueError` when it does not in time."
+        run, config = self.folder.run, self.config
+        seconds = config.wait if config.follow and run.absolute().parent.is_dir() else 0
+        begun = time.monotonic()
         while not (run.is_dir() and any(run.iterdir())):
-            if not self.config.follow:
+            if time.monotonic() - begun >= seconds:
                 raise ValueError(
-                    f"{run}: expected the directory of a training, found nothing there"
+                    f"{run}: expected the directory of a training, found nothing there "
+                    f"(waited {seconds:g} s): check the name, or start the training first"
                 )
-            time.sleep(self.config.poll_interval)
+            if not self._told:
+                logging.getLogger(__name__).warning(
+                    "waiting for the training to begin: nothing is in %s; for %g s at most",
+                    run,
+                    seconds,
+                )
+                self._told = True
+            time.sleep(min(config.poll_interval, seconds))
 
     def run(self) -> list[dict]:
         "Evaluate until the training is done and nothing waits; the results."

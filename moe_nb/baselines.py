@@ -18,7 +18,7 @@ import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import nn
 
-from .calibrate import Moments, calibrate, frozen, run_batches, watched
+from .calibrate import Moments, calibrate, frozen, metric_factor, run_batches, watched
 from moe_nb.experts import (
     PROJECTIONS,
     Layout,
@@ -244,8 +244,7 @@ def adam_recipe(
     )
     fitted = {}
     for (key, X_Efd), rank in zip(X.items(), ranks):
-        with torch.enable_grad():
-            (core,) = fit_adam(X_Efd[None], rank=rank, steps=steps, seed=seed)
+        (core,) = fit_adam(X_Efd[None], rank=rank, steps=steps, seed=seed)
         fitted[key] = core.weights().detach()
     replace_experts(model, down_turned(fitted))
     return stored
@@ -328,9 +327,8 @@ def tied_svd(
 
     The metric is that of `calibrate`."""
     modules = default_experts(model)
-    with torch.enable_grad():
-        moments = calibrate(model, calibration)
-        records = record_layers(model, calibration, modules) if steps else {}
+    moments = calibrate(model, calibration)
+    records = record_layers(model, calibration, modules) if steps else {}
     groups = groups_without_core(modules, moments)
     unused = sum(group.core_md.numel() for group in groups)
     original = sum(group.X_Emd.numel() for group in groups)
@@ -396,6 +394,7 @@ def mobe_start(
     return [torch.cat(A, dim=1), torch.stack(B, dim=1), w_GEm]
 
 # %% ../nbs/28_baselines.ipynb #709a9da5
+@torch.enable_grad()
 def fit_mobe(
     X_GEfd: torch.Tensor,  # Matrices of equal shape, down transposed
     rank: int,
@@ -408,6 +407,7 @@ def fit_mobe(
 
     The best of the states after every 50 of `steps` steps."""
     scale_G111 = X_GEfd.std((1, 2, 3), keepdim=True)
+    scale_G111 = torch.where(scale_G111 > 0, scale_G111, 1.0)  # zeros have no size of their own
     target_GEfd = X_GEfd / scale_G111
     A, B, w = [value.requires_grad_() for value in mobe_start(X_GEfd, rank, bases)]
     best_GEfd = torch.zeros_like(X_GEfd)
@@ -469,9 +469,8 @@ def mobe(
     stored = 0
     for (E, f, d), keys in same_shape.items():
         X_GEfd = torch.stack([X[key] for key in keys])
-        with torch.enable_grad():
-            rank, bases = mobe_sizes(X_GEfd, ratio, steps // 10)
-            X_hat_GEfd, _ = fit_mobe(X_GEfd, rank, bases, steps)
+        rank, bases = mobe_sizes(X_GEfd, ratio, steps // 10)
+        X_hat_GEfd, _ = fit_mobe(X_GEfd, rank, bases, steps)
         X |= zip(keys, X_hat_GEfd)
         stored += len(keys) * (E * f * rank + bases * (rank * d + E) + 1)
     replace_experts(model, down_turned(X))
@@ -488,7 +487,7 @@ def latent_projection(
     if wide_dd is None:
         S_dd = torch.eye(X_Efd.shape[2], device=X_Efd.device)
     else:
-        S_dd = torch.linalg.cholesky(wide_dd)
+        S_dd = metric_factor(wide_dd[None])[0]
     Y_Efd = X_Efd @ S_dd
     weighted_Efd = Y_Efd if narrow_Eff is None else narrow_Eff @ Y_Efd
     gram_dd = (Y_Efd.mT @ weighted_Efd).sum(0)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .calibrate import calibrate
+from .calibrate import calibrate, check_head
 from .experts import experts_per_token, layer_folders, read_experts
 from .fit import Group, fit_budget, pack_group
-from .hf_format import mark_compressed
+from .hf_format import check_plain, forget_source, mark_compressed
 from .hf_names import cast_model, unwrapped
 from moe_nb.layer import (
     CompressionConfig,
@@ -40,6 +40,7 @@ from moe_nb.statistics import (
     stored_statistics,
     summarize,
 )
+from .text import calibration_sequences, check_token_ids
 
 # %% ../nbs/27_compress.ipynb #2ee53ca6
 def model_groups(
@@ -68,8 +69,7 @@ def fit_model(
     Both by experts module; the factors by projection."""
     for module in tqdm(experts.values(), desc="aligning", unit="layer", leave=False):
         align_layer(module, config)
-    with torch.enable_grad():
-        moments = calibrate(model, calibration)
+    moments = calibrate(model, calibration)
     groups = model_groups(experts, config, moments)
     budget = config.ratio * sum(group.X_Emd.numel() for group in groups.values())
     fit_budget(list(groups.values()), budget, rounds=config.rounds, multiple=config.rank_multiple)
@@ -90,12 +90,18 @@ def compress_model(
     """Compress `model`. All checks come first: when one fails, the model is as it was. Deterministic on one machine.
 
     Without `calibration` all directions count alike."""
-    start, calibration = time.time(), list(calibration or [])
+    start, calibration = time.time(), calibration_sequences(calibration)
     model = unwrapped(model)
+    check_plain(model)
     experts = selected_experts(model, config)
     check_work(experts, config, bool(calibration))
+    if calibration:
+        check_head(model)
     check_sources(experts)
-    top_k, source = experts_per_token(model), fingerprint(model)
+    check_token_ids(calibration, model)
+    forget_source(model)
+    top_k = {name: experts_per_token(model, name) for name in experts}
+    source = fingerprint(model)
     together = config.by_budget and bool(calibration)
     fitted, unseen, records, step = {}, {}, {}, "fitting"
     if together:
@@ -109,12 +115,16 @@ def compress_model(
     )
     layers, folders = {}, layer_folders(list(experts))
     for name, original in tqdm(experts.items(), desc=step, unit="layer", leave=False):
-        with torch.enable_grad():
-            cores = fitted.pop(name) if together else fit_layer(original, config)
+        cores = fitted.pop(name) if together else fit_layer(original, config)
         compressed, errors = compressed_layer(original, cores, records.pop(name, None), config)
         model.set_submodule(name, compressed)
         layers[folders[name]] = layer_statistics(
-            name, original, compressed, top_k=top_k, errors=errors, unseen=unseen.get(name, [])
+            name,
+            original,
+            compressed,
+            top_k=top_k[name],
+            errors=errors,
+            unseen=unseen.get(name, []),
         )
     statistics = summarize(outside, layers, time.time() - start)
     if config.dtype:

@@ -57,7 +57,7 @@ from moe_nb.sources import (
 )
 from .statistics import fingerprint
 from .targets import INDEX, OfflineTargets, capture_targets
-from .text import check_max_length, named_texts, token_sequences
+from .text import check_max_length, check_token_ids, named_texts, token_sequences
 from moe_nb.trainer import (
     DistillationTrainer,
     check_mixture,
@@ -271,7 +271,8 @@ def passes(
     "`names` in groups whose records fit into `memory` together."
     itemsize = teacher.dtype.itemsize
     states = 2 * teacher.config.get_text_config().hidden_size * itemsize  # Inputs and outputs
-    choices = experts_per_token(teacher) * (8 + itemsize)  # Which experts, and their weights
+    top_k = max((experts_per_token(teacher, name) for name in names), default=1)
+    choices = top_k * (8 + itemsize)  # Which experts, and their weights
     layer = tokens * (states + choices)
     size = max(1, int(memory * 1e9 / layer))
     return [names[start : start + size] for start in range(0, len(names), size)]
@@ -576,6 +577,7 @@ def distill(
     if final.is_dir():
         return final
     sequences = sequences_of(config.dataset, tokenizer, config)
+    check_token_ids(sequences, student)
 
     # the teacher, where a stage needs it
     blockwise = config.block_steps and compressed_experts(student)

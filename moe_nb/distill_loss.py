@@ -123,6 +123,7 @@ def chunk_loss(
     targets,  # As for `divergence`
     temperature: float,  # Of both distributions in the divergence
     alpha: float,  # Weight of the divergence, between 0 and 1
+    smoothing: float = 0.0,  # Share of the labels that is spread over the vocabulary
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """KL and cross-entropy, summed over the tokens, and the gradient `[T, V]` of their mix.
 
@@ -136,6 +137,8 @@ def chunk_loss(
     if not one_softmax:
         soft_TV -= soft_TV.logsumexp(1, keepdim=True)
     ce = -z_TV.gather(1, labels_T1).sum()
+    if smoothing:
+        ce = (1 - smoothing) * ce - smoothing * z_TV.mean(1).sum()
     kl, p_TV, mass = divergence(soft_TV, targets, temperature)
     dz_TV = soft_TV.exp_().mul_(alpha * temperature * mass + (1 - alpha) * one_softmax)
     if p_TV is not None:
@@ -145,7 +148,10 @@ def chunk_loss(
     if not one_softmax and alpha < 1:
         dz_TV.add_(z_TV.exp_(), alpha=1 - alpha)
     if alpha < 1:
-        dz_TV.scatter_add_(1, labels_T1, dz_TV.new_full(labels_T1.shape, alpha - 1))
+        weight = (alpha - 1) * (1 - smoothing)
+        dz_TV.scatter_add_(1, labels_T1, dz_TV.new_full(labels_T1.shape, weight))
+        if smoothing:
+            dz_TV.sub_((1 - alpha) * smoothing / dz_TV.shape[1])
     if slope_TV is not None:
         dz_TV.mul_(slope_TV)
     return kl, ce, dz_TV
@@ -185,6 +191,7 @@ class ChunkedLoss(torch.autograd.Function):
         targets,  # As for `divergence`
         temperature,  # Of both distributions in the divergence
         alpha,  # Weight of the divergence
+        smoothing,  # Of the labels
         chunk,  # Tokens at a time
         needed,  # Which of the first three tensors want a gradient
     ):
@@ -203,7 +210,8 @@ class ChunkedLoss(torch.autograd.Function):
             stop = start + chunk
             h_Td = hidden_Td[start:stop]
             part = rows(targets, start, stop)
-            kl, ce, dz_TV = chunk_loss(h_Td, head, labels_T[start:stop], part, temperature, alpha)
+            labels = labels_T[start:stop]
+            kl, ce, dz_TV = chunk_loss(h_Td, head, labels, part, temperature, alpha, smoothing)
             sums += torch.stack([kl, ce])
             dz_TV = dz_TV.mul_(head.scale)
             if needed[2]:
@@ -225,7 +233,7 @@ class ChunkedLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(factor).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
-        return *scaled, *[None] * 7
+        return *scaled, *[None] * 8
 
 # %% ../nbs/40_distill_loss.ipynb #7ee86166
 def full(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -264,6 +272,7 @@ def distillation_loss(
     *,
     temperature: float = 1.0,  # Of both distributions in the divergence
     alpha: float = 0.5,  # Weight of the divergence, between 0 and 1
+    smoothing: float = 0.0,  # Share of the labels that is spread over the vocabulary
     num_items: torch.Tensor | int | None = None,  # Divisor; default the tokens of this batch
     chunk: int | None = None,  # Tokens whose logits are held at a time
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -293,6 +302,7 @@ def distillation_loss(
         targets if alpha else None,
         temperature,
         alpha,
+        smoothing,
         chunk or chunk_tokens(weight_Vd),
         needed,
     )

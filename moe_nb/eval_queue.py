@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from .checkpoint import METADATA, is_compressed, verify_directory
-from .config import check_least, flag
+from .config import batch_size_of, check_dtype, check_least, flag
 from .files import sha256, sole_holder
 from .model_card import CARD
 from .resume import MANIFEST, TRAINER_STATE, checkpoints, publish
@@ -49,7 +49,10 @@ class EvaluationConfig:
         "GPUs of the evaluation, numbered as nvidia-smi does; default: none, it runs on the CPU",
         default=[],
     )
-    batch_size: int = flag("sequences at a time", default=8)
+    batch_size: int | str | None = flag(  # with None, as else the parser takes numbers only
+        "sequences at a time; auto or auto:N: as many as the memory of the device holds",
+        default=8,
+    )
     limit: int | None = flag("first items of each task only", default=None)
     num_fewshot: int | None = flag(
         "examples in the prompt; default what the task says", default=None
@@ -88,6 +91,9 @@ class EvaluationConfig:
         "also take complete checkpoint-N directories that nobody publishes", default=False
     )
     follow: bool = flag("wait until the training is done; no: evaluate what is there", default=True)
+    wait: float = flag(
+        "seconds to wait for a training that has not made its directory yet", default=60.0
+    )
     scorer: str = flag(
         "the function that scores, as module:function",
         default="moe_nb.eval_worker:lm_eval_scores",
@@ -99,7 +105,9 @@ class EvaluationConfig:
                 "tasks: expected one or more names (separated by spaces, not by commas); "
                 f"got {self.tasks}"
             )
-        check_least(self, batch_size=1, limit=1, num_fewshot=0, poll_interval=0, timeout=0)
+        object.__setattr__(self, "batch_size", batch_size_of(self.batch_size))
+        check_dtype(self.dtype)
+        check_least(self, wait=0, limit=1, num_fewshot=0, poll_interval=0, timeout=0)
         check_least(self, retries=0, backoff=0, memory_limit=0, nice=0)
         if not re.fullmatch(r"all|latest|every-[1-9]\d*", self.backlog):
             raise ValueError(f"backlog must be all, latest or every-N; got {self.backlog!r}")

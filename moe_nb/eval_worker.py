@@ -41,7 +41,7 @@ from moe_nb.evaluate import (
 from .export import EXPORT_RECORD, export_to_hf_format
 from .files import read_json, replace_text
 from .statistics import versions
-from .text import named_texts
+from .text import document_text, named_texts
 
 # %% ../nbs/52_eval_worker.ipynb #bff56eca
 def task_records(
@@ -108,10 +108,13 @@ def text_perplexity(
 ) -> Iterator[tuple[str, dict]]:
     "Perplexity (per token) of the model in `path` on each text that `tasks` names; yields each with its records."
     model, tokenizer = model_and_tokenizer(path, dtype=config.dtype)
+    given = isinstance(config.batch_size, int)  # auto is of lm-eval; the result is the same
+    options = dict(batch_size=config.batch_size) if given else {}
     for task in tasks:
-        texts = list(named_texts(task, split="heldout"))
+        documents = named_texts(task, split="heldout")
+        texts = [document_text(tokenizer, document) for document in documents]
         scored = texts[: config.limit]
-        value = perplexity(model, tokenizer, scored, batch_size=config.batch_size)
+        value = perplexity(model, tokenizer, scored, **options)
         metrics = {"perplexity": {"value": value, "stderr": None, "higher_is_better": False}}
         record = {"metrics": metrics, "samples": len(scored), "available": len(texts)}
         yield task, {task: record}

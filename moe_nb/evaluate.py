@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
 
 from .calibrate import evaluation_mode
 from .checkpoint import load_compressed_model
+from .config import batch_size_of, check_dtype
 from .files import replace_text
+from .hf_names import check_device_map, pretrained_model
 from .model_card import CARD, with_scores
 from .sources import compressed_folder, expanded, find_tokenizer
 from .text import check_max_length
@@ -222,7 +223,7 @@ def model_and_tokenizer(
     if loaded:
         return model, tokenizer
     compressed = compressed_folder(source) is not None
-    load = load_compressed_model if compressed else AutoModelForCausalLM.from_pretrained
+    load = load_compressed_model if compressed else pretrained_model
     return load(expanded(source), device_map=device_map, dtype=dtype), tokenizer
 
 # %% ../nbs/50_evaluate.ipynb #d3045de2
@@ -270,7 +271,7 @@ def lm_eval_results(
     names: list[str],  # Tasks and groups
     manager: "TaskManager",  # That knows them
     *,
-    batch_size: int = 8,  # Sequences at a time
+    batch_size: int | str = 8,  # Sequences at a time; "auto", "auto:N": what the memory holds
     limit: int | float | None = None,  # First items of each task: a number, or a share below 1
     num_fewshot: int | None = None,  # Examples in the prompt; default: what the task says
     log_samples: bool = False,  # Also what the model answered to every item
@@ -304,7 +305,7 @@ def evaluate_model(
     tasks: list[str] | str,  # Tasks or groups; a string holds several, separated by commas
     *,
     tokenizer=None,  # A tokenizer, or where to load it from; default: where the model is from
-    batch_size: int = 8,  # Sequences at a time
+    batch_size: int | str = 8,  # Sequences at a time; "auto", "auto:N": what the memory holds
     limit: int | float | None = None,  # First items of each task: a number, or a share below 1
     device_map="auto",  # For a model that is loaded here, as in transformers
     dtype=None,  # For a model that is loaded here; default: that of the checkpoint
@@ -316,13 +317,14 @@ def evaluate_model(
     Global state and the mode of the model stay as they were."""
     listed = tasks.split(",") if isinstance(tasks, str) else tasks
     names = [name.strip() for name in listed if name.strip()]
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    batch_size = batch_size_of(batch_size)
     if limit is not None and limit <= 0:
         raise ValueError(f"limit must be above 0; got {limit}")
     with silenced():
         manager = task_manager(names, include_path)
     check_tasks(names, manager)
+    check_device_map(device_map)
+    check_dtype(dtype)
     model, tokenizer = model_and_tokenizer(model, tokenizer, device_map, dtype)
     results = lm_eval_results(
         model,

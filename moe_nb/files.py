@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SHARED_FILES', 'MARK', 'JOB', 'sync', 'whole_file', 'replace_text', 'replace_json', 'read_json', 'write_tensors',
            'replace_tensors', 'read_tensors', 'sha256', 'file_identity', 'append_line', 'read_lines', 'mend_lines',
-           'resolved_output', 'check_writable', 'lock_file', 'sole_holder', 'sibling', 'sole_writer', 'check_output',
-           'own_files', 'link_or_copy', 'keep_foreign', 'recover_old', 'plain_modes', 'install_directory',
-           'remove_leftovers', 'atomic_directory', 'discard', 'work_folder', 'differences', 'read_job', 'job_text',
-           'start_job', 'begin_job', 'complete_job', 'is_finished', 'entry_path', 'spans_checksum', 'finish_piece',
-           'finished_piece', 'processes', 'share']
+           'resolved_output', 'check_writable', 'check_result_file', 'lock_file', 'sole_holder', 'sibling',
+           'sole_writer', 'check_output', 'own_files', 'link_or_copy', 'keep_foreign', 'recover_old', 'plain_modes',
+           'install_directory', 'remove_leftovers', 'atomic_directory', 'discard', 'work_folder', 'differences',
+           'read_job', 'job_text', 'start_job', 'begin_job', 'complete_job', 'is_finished', 'entry_path',
+           'spans_checksum', 'finish_piece', 'finished_piece', 'processes', 'share']
 
 # %% ../nbs/02_files.ipynb #695f91d3
 import fcntl
@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -182,6 +182,31 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"{path} can not be written: {folder}: {error.strerror}") from None
+
+# %% ../nbs/02_files.ipynb #ca6dea9c
+def check_result_file(
+    path: Path,  # Where a file is to be written
+    ours: Callable,  # Whether the text of a file that is there is a result of ours
+    overwrite: bool,  # Whether such a result may be replaced
+) -> None:
+    "Raise `OSError` unless a result can be written to the file `path`: it is free, or may be replaced."
+    check_writable(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; expected the name of a file")
+    if not path.exists():
+        return
+    try:
+        known = ours(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise FileExistsError(
+            f"{path} exists and is no result of moe-nb: choose another output or move it away"
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"{path} exists already: choose another output, or ask for it to be overwritten (--overwrite)"
+        )
 
 # %% ../nbs/02_files.ipynb #e47b6b95
 _HOLDER = re.compile(r"(moe_nb )?\d*")  # What a lock of ours holds: the number of a process

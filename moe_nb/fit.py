@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .calibrate import Moments, shrunk_mean
+from .calibrate import Moments, metric_factor, shrunk_mean
 from .experts import expert_mean, parts
 from .shared_core import SharedCore
 
@@ -23,12 +23,14 @@ def relative_error(
     X: torch.Tensor,  # Weights of all experts, the first dimension
     X_hat: torch.Tensor,  # What approximates them
 ) -> float:
-    "Squared Frobenius error relative to the squared norm of `X`: 0 is exact, 1 is no better than zeros."
+    """Squared Frobenius error relative to the squared norm of `X`: 0 is exact, 1 is no better than zeros.
+
+    Where `X` is all zeros there is nothing to be relative to: the squared error itself."""
     error = energy = 0.0
     for part in parts(X):
         error += torch.linalg.vector_norm(X_hat[part].float() - X[part].float()).item() ** 2
         energy += torch.linalg.vector_norm(X[part].float()).item() ** 2
-    return error / energy
+    return error / energy if energy else error
 
 # %% ../nbs/22_fit.ipynb #4238e7ef
 def principal_directions(
@@ -134,8 +136,8 @@ def make_group(
     return Group(
         X_Emd=X_Emd,
         blocks=B,
-        A_Emm=torch.linalg.cholesky(A_Emm),
-        B_Edd=torch.linalg.cholesky(B_Edd),
+        A_Emm=metric_factor(A_Emm),
+        B_Edd=metric_factor(B_Edd),
         weight=moments.sensitivity,
     )
 
@@ -303,17 +305,26 @@ def check_budget(
     budget: float,  # Numbers that may be stored
     smallest: int,  # Numbers that have to be stored
     original: int,  # Numbers of the original
+    needed: str = "",  # What these are, for the message
 ) -> None:
-    """Raise `ValueError` with the smallest possible ratio when the budget is below it.
+    """Raise `ValueError` with the smallest possible ratio when the budget is below it, or where no ratio below 1 is.
 
     >>> check_budget(10, 21, 100)
     Traceback (most recent call last):
     ValueError: ratio 0.1 is too small: the smallest possible is 0.2100
     """
+    if smallest >= original:
+        raise ValueError(
+            f"these experts can not be made smaller: at least {smallest:,} numbers have to be stored, "
+            f"the original has {original:,}"
+        )
     if budget < smallest:
         possible = math.ceil(10000 * smallest / original) / 10000  # rounded up, so that it works
         ratio = budget / original
-        raise ValueError(f"ratio {ratio:.4g} is too small: the smallest possible is {possible:.4f}")
+        why = f", for {needed}; raise the ratio" if needed else ""
+        raise ValueError(
+            f"ratio {ratio:.4g} is too small: the smallest possible is {possible:.4f}{why}"
+        )
 
 # %% ../nbs/22_fit.ipynb #3cc5c0f0
 def fit_round(

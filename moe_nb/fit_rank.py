@@ -130,6 +130,7 @@ def fit_closed_form(
     return pack(core_Bfd, P_BErf, Q_BErf, G_BEsf, V_Esd)
 
 # %% ../nbs/23_fit_rank.ipynb #486f3d0f
+@torch.enable_grad()
 def fit_adam(
     X_BEfd: torch.Tensor,  # Weights, one projection (B = 1): the literal formula shares nothing between projections
     *,
@@ -141,7 +142,8 @@ def fit_adam(
 ) -> list[SharedCore]:
     """The plain recipe: `steps` steps of Adam on the factors of `(I + P Q^T) C (I + U V^T)`.
 
-    U is multiplied out into G afterwards, so that the same is stored as by the closed form."""
+    U is multiplied out into G afterwards, so that the same is stored as by the closed form. Raises `ValueError`
+    where it diverges."""
     X_BEfd = X_BEfd.float()
     B, E, f, d = X_BEfd.shape
     generator = torch.Generator(X_BEfd.device).manual_seed(seed)
@@ -161,6 +163,8 @@ def fit_adam(
         (X_hat_BEfd - X_BEfd).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+    if not all(factor.isfinite().all() for factor in factors):
+        raise ValueError(f"the Adam recipe diverged at lr {lr:g}: choose a lower one")
     with torch.no_grad():
         left = core + P.mT @ (Q @ core)
         G, V = balance((left @ U.mT).mT, V)
@@ -196,6 +200,7 @@ def uniform_rank(
 ) -> int:
     "The largest rank of all wrappers that stores at most `ratio`; raises `ValueError` where rank one is too much."
     budget = ratio * sizes.original
-    check_budget(budget, sizes.stored(1), sizes.original)
+    needed = f"the core that {sizes.E} experts share, and a wrapper of rank 1 for each"
+    check_budget(budget, sizes.stored(1), sizes.original, needed)
     ranks = range(1, min(sizes.f, sizes.d) + 1)
     return max(rank for rank in ranks if sizes.stored(rank) <= budget)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CompressionConfig', 'selected_experts', 'check_finite', 'check_sources', 'projection_groups', 'weighted_group',
-           'rank_for', 'budget_groups', 'group_sizes', 'floor_of', 'check_floor', 'check_work', 'fit_uniform',
-           'align_layer', 'fit_layer', 'compressed_layer']
+           'rank_for', 'group_sizes', 'useful_rank', 'check_rank', 'budget_groups', 'floor_of', 'check_floor',
+           'check_work', 'fit_uniform', 'align_layer', 'fit_layer', 'compressed_layer']
 
 # %% ../nbs/25_layer.ipynb #im940182
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from moe_nb.experts import (
     PROJECTIONS,
     ExpertWeights,
     check_function,
+    experts_per_token,
     find_experts,
     is_experts,
     read_experts,
@@ -106,6 +107,8 @@ def selected_experts(model: nn.Module, config: CompressionConfig) -> dict[str, n
         raise ValueError(
             f"{kind} uses the same expert weights in several places; such a family is not supported"
         )
+    for name in found:
+        experts_per_token(model, name)  # Raises where the configuration makes no sense
     if config.layers is None:
         return found
     wrong = [layer for layer in config.layers if not 0 <= layer < len(found)]
@@ -173,6 +176,39 @@ def rank_for(sizes: Sizes, config: CompressionConfig) -> int:
         )
     return config.rank
 
+# %% ../nbs/25_layer.ipynb #f41ad279
+def group_sizes(weights: ExpertWeights, names: list[str]) -> Sizes:
+    "Sizes of one group of projections."
+    return Sizes(B=len(names), E=weights.E, f=weights.f, d=weights.d)
+
+
+def useful_rank(sizes: list[Sizes]) -> int:
+    "The largest rank of all wrappers with which these groups store less than the original; 0 where there is none."
+    original = sum(size.original for size in sizes)
+    fixed = sum(size.stored(0) for size in sizes)
+    price = sum(size.stored(1) for size in sizes) - fixed
+    largest = min(min(size.f, size.d) for size in sizes)
+    return max(0, min(largest, (original - 1 - fixed) // price))
+
+
+def check_rank(sizes: list[Sizes], rank: int) -> None:
+    "Raise `ValueError` where wrappers of this rank do not exist, or store no less than the original."
+    useful = useful_rank(sizes)
+    if rank <= useful:
+        return
+    advice = f"the largest rank that makes it smaller is {useful}" if useful else "no rank does"
+    smallest = min(sizes, key=lambda size: min(size.f, size.d))
+    if rank > min(smallest.f, smallest.d):
+        raise ValueError(
+            f"rank {rank} is larger than the matrix: the experts are {smallest.f} x {smallest.d}; {advice}"
+        )
+    original = sum(size.original for size in sizes)
+    stored = sum(size.stored(rank) for size in sizes)
+    raise ValueError(
+        f"rank {rank} does not make the model smaller: in place of {original:,} numbers of the experts "
+        f"{stored:,} would be stored; {advice}"
+    )
+
 # %% ../nbs/25_layer.ipynb #d5a29f3b
 def budget_groups(groups: list, calibrated: bool) -> list[list]:
     """Which of `groups` share a budget: all of them where data say what matters, else each has the ratio for itself.
@@ -183,11 +219,6 @@ def budget_groups(groups: list, calibrated: bool) -> list[list]:
     return [groups] if calibrated else [[group] for group in groups]
 
 # %% ../nbs/25_layer.ipynb #82f36393
-def group_sizes(weights: ExpertWeights, names: list[str]) -> Sizes:
-    "Sizes of one group of projections."
-    return Sizes(B=len(names), E=weights.E, f=weights.f, d=weights.d)
-
-
 def floor_of(pot: list[Sizes]) -> float:
     "Share of the original that the cores and the ranks alone take, of groups that share a budget."
     smallest = sum(sizes.stored(rank=0) for sizes in pot)
@@ -198,7 +229,9 @@ def check_floor(pot: list[Sizes], ratio: float) -> None:
     "Raise `ValueError` where the cores and the ranks alone are more than `ratio` of the original."
     smallest = sum(sizes.stored(rank=0) for sizes in pot)
     original = sum(sizes.original for sizes in pot)
-    check_budget(ratio * original, smallest, original)
+    experts = min(sizes.E for sizes in pot)
+    needed = f"the core that the experts of a layer share is as large as one of the {experts}"
+    check_budget(ratio * original, smallest, original, f"{needed}, and comes before any rank")
 
 
 def check_work(
@@ -217,6 +250,9 @@ def check_work(
                 f"projections: {kind} has none of {config.projections}; it has {there}"
             )
         sizes += [group_sizes(weights, names) for names in groups]
+    if config.rank is not None:
+        check_rank(sizes, config.rank)
+        return
     if not config.by_budget:
         for size in sizes:
             rank_for(size, config)

@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
 
+from .calibrate import check_head
 from .checkpoint import INDEXES
 from .experts import read_experts
 from .fit import directions_to_find, fit_operations, make_group
@@ -186,14 +187,16 @@ def make_plan(
     device: str | torch.device = "cpu",  # Of each process
 ) -> Plan:
     "What `compress_checkpoint` will take; raises what it would raise before it starts."
-    if not config.by_budget:
-        raise ValueError(
-            "a plan needs a ratio and the closed form: the work of a given rank is not estimated"
-        )
     model = described_model(source)
     experts = selected_experts(model, config)
     calibrated = calibration_tokens > 0
     check_work(experts, config, calibrated)
+    if calibrated:
+        check_head(model)
+    if not config.by_budget:
+        raise ValueError(
+            "a plan needs a ratio and the closed form: the work of a given rank is not estimated"
+        )
     total = sum(parameter.numel() for parameter in model.parameters())
     before, after = planned_parameters(experts, config)
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype

@@ -55,10 +55,13 @@ def record_layers(
 
 # %% ../nbs/24_refine.ipynb #a42cfdea
 def output_error(experts: nn.Module, record: LayerRecord) -> torch.Tensor:
-    "Squared error of the outputs of `experts` relative to those of `record`; differentiable."
+    """Squared error of the outputs of `experts` relative to those of `record`; differentiable.
+
+    Where the outputs of `record` are all zeros, the squared error itself."""
     outputs_Td = experts(record.inputs_Td.float(), record.index_TK, record.weights_TK.float())
     error = (outputs_Td - record.outputs_Td).square().sum()
-    return error / record.outputs_Td.float().square().sum()
+    energy = record.outputs_Td.float().square().sum()
+    return error / torch.where(energy > 0, energy, 1.0)
 
 # %% ../nbs/24_refine.ipynb #0750691a
 def minibatches(

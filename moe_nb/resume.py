@@ -17,7 +17,6 @@ from pathlib import Path
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
-    AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -41,7 +40,7 @@ from moe_nb.files import (
     replace_text,
     sha256,
 )
-from .hf_names import TrainOutput
+from .hf_names import TrainOutput, pretrained_model
 from .shared_core import compressed_experts
 from .sources import compressed_folder, expanded
 
@@ -50,7 +49,7 @@ def stored_model(path: str | Path) -> nn.Module:
     "The model in a directory, compressed or not, on the CPU and in the data type it is stored in."
     if compressed_folder(path):
         return load_compressed_model(path, device_map={"": "cpu"})
-    return AutoModelForCausalLM.from_pretrained(expanded(path), dtype="auto")
+    return pretrained_model(expanded(path), dtype="auto")
 
 # %% ../nbs/42_resume.ipynb #ca5f530f
 TRAINER_STATE = "trainer_state.json"

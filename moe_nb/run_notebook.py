@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RAN', 'is_parameters', 'literal', 'assigned', 'parameter_value', 'known_parameters', 'listed', 'parameter_values',
-           'with_parameters', 'headings', 'execute', 'check_installed', 'check_notebook', 'run_notebook']
+           'with_parameters', 'headings', 'execute', 'check_installed', 'is_run', 'check_notebook', 'run_notebook']
 
 # %% ../nbs/64_run_notebook.ipynb #30761154
 import ast
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .files import check_writable, replace_text
+from .files import check_result_file, replace_text
 
 # %% ../nbs/64_run_notebook.ipynb #5ba1e74d
 def is_parameters(
@@ -219,29 +219,30 @@ def check_installed() -> None:
         ) from None
 
 
-def check_notebook(path: Path, output: Path) -> None:
+def is_run(text: str) -> bool:
+    "Whether the text of a file is a notebook that was written here."
+    return RAN in json.loads(text)["metadata"]
+
+
+def check_notebook(
+    path: Path,  # Of the notebook
+    output: Path,  # Where its result goes
+    overwrite: bool,  # Whether the result of an older run may be replaced
+) -> None:
     "Raise `OSError` or `ValueError` where `path` can not be run, or its result can not be written to `output`."
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such notebook")
     if path.resolve() == output.resolve():
         raise ValueError(f"{output} is the notebook itself: choose another output")
-    check_writable(output)
-    if not output.exists():
-        return
-    try:
-        ours = RAN in json.loads(output.read_text())["metadata"]
-    except (ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(
-            f"{output} exists and is no result of moe-nb notebook: choose another output"
-        )
+    check_result_file(output, is_run, overwrite)
 
 
 def run_notebook(
     path: str | Path,  # The notebook; it stays as it is
     output: str | Path,  # Notebook to write
     parameters: list[str] = (),  # NAME=VALUE
+    *,
+    overwrite: bool = False,  # Whether the result of an older run may be replaced
 ) -> Path:
     """Run a notebook with these parameters, write it with its outputs to `output`, and return that path.
 
@@ -251,7 +252,7 @@ def run_notebook(
     import nbformat
 
     path, output = Path(path), Path(output).expanduser()
-    check_notebook(path, output)
+    check_notebook(path, output, overwrite)
     nb = nbformat.read(path, as_version=4)
     with_parameters(nb, parameter_values(nb, list(parameters)))
     nb["metadata"][RAN] = dict(notebook=path.name, parameters=list(parameters))

@@ -136,8 +136,13 @@ def read_index(index: Path) -> dict[str, str]:
     "Tensor -> file, as the `index` of a checkpoint says; `ValueError` where a file lies outside its directory."
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{index} is damaged ({error}); copy it again") from None
+    except (ValueError, KeyError, TypeError):
+        weight_map = None
+    files = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(file, str) for file in files):
+        raise ValueError(
+            f"{index} is damaged: expected JSON with a weight_map of tensors to files; copy it again"
+        )
     for file in set(weight_map.values()):
         check_inside(file, index)
     return weight_map

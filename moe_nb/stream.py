@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Place', 'OpenCheckpoint', 'open_checkpoint', 'StreamRun', 'describe_job', 'load_part', 'read_layer', 'write_layer',
            'LayerFit', 'fit_one', 'compress_layer', 'compress_layers', 'left_alone', 'rest_shapes', 'as_pickles',
-           'copy_left_alone', 'copy_rest', 'sample_rest', 'run_statistics', 'remove_leftovers', 'insert_layers',
-           'finish_run', 'load_aligned', 'layer_loaded', 'load_outside', 'calibrate_run', 'StoredCalibration',
-           'read_calibration', 'group_files', 'store_groups', 'StoredFit', 'fit_together', 'unpack_layer', 'begin_run',
-           'finished_statistics', 'compress_checkpoint']
+           'copy_left_alone', 'create_files', 'copy_rest', 'copy_extra', 'sample_rest', 'run_statistics',
+           'remove_leftovers', 'insert_layers', 'finish_run', 'load_aligned', 'layer_loaded', 'load_outside',
+           'calibrate_run', 'StoredCalibration', 'read_calibration', 'group_files', 'store_groups', 'StoredFit',
+           'fit_together', 'unpack_layer', 'begin_run', 'finished_statistics', 'compress_checkpoint']
 
 # %% ../nbs/35_stream.ipynb #4d5d17bc
+import json
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,12 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from .calibrate import check_head
 from moe_nb.checkpoint import (
+    EXTRA,
     METADATA,
     SUFFIXES,
     split_state,
@@ -82,11 +87,13 @@ from moe_nb.shards import (
     create_file,
     dequantized,
     empty_model,
+    extra_tensors,
     load_tensors,
     open_source,
     parts_of,
     release,
     runtime_names,
+    settle_ties,
     source_identity,
     tensor_bytes,
     write_at,
@@ -104,6 +111,7 @@ from moe_nb.statistics import (
     summarize,
     versions,
 )
+from .text import calibration_sequences, check_token_ids
 
 # %% ../nbs/35_stream.ipynb #e6f73390
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +122,7 @@ class OpenCheckpoint:
     tensors: dict[str, LazyTensor]  # By their names in the checkpoint
     model: nn.Module  # On the meta device
     names: dict[str, str]  # In the checkpoint -> in the model
+    extra: dict[str, LazyTensor]  # In the checkpoint, without a place in the model
     experts: dict[str, nn.Module]  # Name -> module of `model` that is to be compressed
     parameters: list[str]  # Names, in the order of the model
     outside: int  # Parameters outside `experts`
@@ -129,14 +138,21 @@ def open_checkpoint(
     tensors = dequantized(folder, open_source(folder))
     model = empty_model(folder, tensors)
     model.config._name_or_path = str(source)
+    placed = runtime_names(model, tensors)
+    extra = extra_tensors(model, tensors, placed)
+    names = settle_ties(model, tensors, placed)
+    extra |= {name: tensors[name] for name in placed if name not in names}
     experts = selected_experts(model, config)
     check_work(experts, config, calibrated)
+    if calibrated:
+        check_head(model)
     compressed = sum(stored_parameters(module) for module in experts.values())
     return OpenCheckpoint(
         folder=folder,
         tensors=tensors,
         model=model,
-        names=runtime_names(model, tensors),
+        names=names,
+        extra=extra,
         experts=experts,
         parameters=[name for name, _ in model.named_parameters()],
         outside=stored_parameters(model) - compressed,
@@ -258,7 +274,7 @@ def fit_one(
         name,
         experts,
         compressed,
-        top_k=experts_per_token(run.checkpoint.model),
+        top_k=experts_per_token(run.checkpoint.model, name),
         errors=errors,
         unseen=fitted.unseen,
     )
@@ -367,26 +383,45 @@ def copy_left_alone(
         release(checkpoint.model.get_submodule(module))
 
 # %% ../nbs/35_stream.ipynb #103fb54d
+def create_files(
+    folder: Path,  # Of the result
+    file: str,  # Without suffix
+    shapes: dict[str, torch.Tensor],  # Name -> meta tensor
+    max_shard_size: str,  # As in "5GB"
+) -> dict[str, Place]:
+    "Make safetensors files of full size for `shapes`, several if they are large; returns where each tensor goes."
+    pattern = f"{file}{{suffix}}.safetensors"
+    shards = split_torch_state_dict_into_shards(
+        shapes, filename_pattern=pattern, max_shard_size=max_shard_size
+    )
+    places = {}
+    for shard, names in shards.filename_to_tensors.items():
+        offsets = create_file(folder / shard, {name: shapes[name] for name in names})
+        places |= {name: (folder / shard, offset) for name, offset in offsets.items()}
+    return places
+
+
 def copy_rest(run: StreamRun) -> dict[str, str]:
     "Copy all tensors outside the compressed experts into the result; returns tensor name -> file."
     shapes = rest_shapes(run.checkpoint, run.config.dtype)
-    shards = split_torch_state_dict_into_shards(
-        shapes,
-        filename_pattern="non_moe_weights{suffix}.safetensors",
-        max_shard_size=run.max_shard_size,
-    )
-    places = {}
-    for file, names in shards.filename_to_tensors.items():
-        path = run.result / file
-        offsets = create_file(path, {name: shapes[name] for name in names})
-        places |= {name: (path, offset) for name, offset in offsets.items()}
+    places = create_files(run.result, "non_moe_weights", shapes, run.max_shard_size)
     for name in tqdm(shapes, desc="copying", unit="tensor", leave=False):
         if name in run.checkpoint.tensors:
             copy_tensor(run.checkpoint.tensors[name], *places[name], shapes[name].dtype)
     copy_left_alone(run.checkpoint, places, shapes)
-    if run.weights_format == "pt":
-        return as_pickles(run.result, shards.tensor_to_filename)
-    return shards.tensor_to_filename
+    weight_map = {name: path.name for name, (path, _) in places.items()}
+    return as_pickles(run.result, weight_map) if run.weights_format == "pt" else weight_map
+
+
+def copy_extra(run: StreamRun) -> None:
+    "Copy the tensors without a place in the model into files of their own, as they are."
+    extra, shapes = run.checkpoint.extra, {}
+    for name in sorted(extra, key=dot_natural_key):
+        value = extra[name]
+        shapes[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    places = create_files(run.result, EXTRA, shapes, run.max_shard_size) if extra else {}
+    for name in tqdm(places, desc="copying", unit="tensor", leave=False):
+        copy_tensor(extra[name], *places[name], extra[name].dtype)
 
 # %% ../nbs/35_stream.ipynb #815bd757
 def sample_rest(checkpoint: OpenCheckpoint) -> dict[str, str]:
@@ -442,6 +477,7 @@ def finish_run(
     checkpoint, model = run.checkpoint, run.checkpoint.model
     remove_leftovers(run, entries)
     weight_map = copy_rest(run)
+    copy_extra(run)
     samples = sample_rest(checkpoint)
     insert_layers(run, entries)
     for entry in entries.values():
@@ -657,7 +693,7 @@ def compress_checkpoint(
     while another process writes it."""
     begun = time.time()
     state = processes()
-    calibration = list(calibration or [])
+    calibration = calibration_sequences(calibration)
     output = resolved_output(output)
     if weights_format not in SUFFIXES:
         raise ValueError(
@@ -674,6 +710,7 @@ def compress_checkpoint(
         max_shard_size=max_shard_size,
         device=state.device,
     )
+    check_token_ids(calibration, run.checkpoint.model)
     if is_finished(output, METADATA, describe_job(run), overwrite):
         logging.getLogger(__name__).warning("%s is complete already: nothing was done", output)
         return finished_statistics(output)
