@@ -32,8 +32,8 @@ from moe_nb.hf_names import (
     saving_conversions,
     say_untied,
     says_tied,
-    split_conversions,
     set_dtypes,
+    split_conversions,
 )
 from moe_nb.shared_core import (
     SharedCore,

@@ -14,8 +14,8 @@ from moe_nb.experts import find_experts
 from moe_nb.export import export_to_hf_format
 from moe_nb.hf_names import cast_model, model_class
 from moe_nb.layer import CompressionConfig
-from moe_nb.shards import open_source
-from moe_nb.stream import compress_checkpoint
+from moe_nb.shards import load_tensors, open_source
+from moe_nb.stream import compress_checkpoint, open_checkpoint
 
 FEW = ["deepseek_v3", "ernie4_5_moe", "nemotron_h"]
 CONFIG = CompressionConfig(rank=2, rounds=1)
@@ -156,6 +156,25 @@ def test_every_family_keeps_its_types(what, tmp_path):
         except Exception as error:
             failed[model_type] = f"{type(error).__name__}: {str(error)[:300]}"
     assert not failed, failed
+
+
+@pytest.mark.parametrize("stored", ["as it is loaded", "rounded"])
+def test_streaming_reads_and_copies_types(tmp_path, stored):
+    "Calibration in a stream computes with what transformers loads; the result holds what the source holds"
+    model = source_of("deepseek_v3", tmp_path / "source")
+    if stored == "rounded":
+        model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    read = open_checkpoint(tmp_path / "source", CONFIG)
+    load_tensors(read.model, read.tensors)
+    expected = loaded(tmp_path / "source", dtype="auto")
+    assert types(read.model) == types(expected)
+    assert_same(read.model.state_dict(), expected.state_dict())
+    compress_checkpoint(tmp_path / "source", tmp_path / "compressed", CONFIG)
+    export_to_hf_format(tmp_path / "compressed", None, tmp_path / "exported")
+    source, exported = (open_source(tmp_path / name) for name in ("source", "exported"))
+    for key in source:
+        assert source[key].dtype == exported[key].dtype, key
+        assert "experts." in key or torch.equal(source[key][...], exported[key][...]), key
 
 
 @torch.no_grad()
