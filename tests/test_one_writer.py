@@ -7,6 +7,7 @@ import time
 from collections import Counter
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from harness import exit_code, kill, start_function
 from moe_nb.checkpoint import METADATA, load_compressed_model
@@ -14,7 +15,6 @@ from moe_nb.cli import main
 from moe_nb.export import EXPORT_RECORD
 from moe_nb.files import sibling
 from moe_nb.tiny import tiny_path
-from transformers import AutoModelForCausalLM
 
 REFUSED = 2
 KILLED = -signal.SIGKILL
