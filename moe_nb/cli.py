@@ -629,12 +629,12 @@ def compress_loaded(
     device_map = arguments.device_map or "auto"
     check_device_map(device_map)
     output = resolved_output(arguments.output_dir)
-    model_folder(arguments.model, BESIDE_WEIGHTS)  # saved with the model
     job = describe_loaded(arguments, config, sequences)
     if is_finished(output, METADATA, job, arguments.overwrite):
         print(f"{output} is complete already: nothing was done", file=sys.stderr)
         return finished_statistics(output)
     place = expanded(arguments.model)
+    model_folder(arguments.model, BESIDE_WEIGHTS)  # saved with the model
     model = pretrained_model(place, dtype="auto", device_map=device_map)
     if arguments.calibration == "self":
         limit = max(1, arguments.calibration_tokens // 256)
