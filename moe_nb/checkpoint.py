@@ -41,6 +41,8 @@ from moe_nb.hf_names import (
     remove_hook_from_module,
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
+    unwrapped,
+    wrapper_prefix,
 )
 from .model_card import CARD, card_text
 from .shared_core import compressed_experts
@@ -267,7 +269,7 @@ def write_files_beside(
 
 # %% ../nbs/31_checkpoint.ipynb #81548541
 def save_compressed_model(
-    model: nn.Module,  # A compressed model
+    model: nn.Module,  # A compressed model; wrappers such as torch.compile are taken off
     path: str | Path,  # New directory, or an older one of ours: what others put there is kept
     tokenizer=None,  # Saved with it
     *,
@@ -277,6 +279,9 @@ def save_compressed_model(
     job: dict | None = None,  # What was asked for, to recognise it again
 ) -> Path:
     "Write the complete model: every parameter and buffer, config, tokenizer, statistics and metadata. Atomic."
+    model, prefix = unwrapped(model), wrapper_prefix(model)
+    if state_dict is not None:
+        state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
     if not compressed_experts(model):
         raise ValueError(
             "the model holds no compressed experts: use compress_model first, or save_pretrained"

@@ -596,10 +596,10 @@ def describe_loaded(
 ) -> dict:
     "What makes two compressions of a loaded model the same."
     from moe_nb.files import file_identity
-    from moe_nb.shards import source_folder
+    from moe_nb.sources import model_folder
     from moe_nb.statistics import samples_digest
 
-    folder = source_folder(arguments.model)
+    folder = model_folder(arguments.model)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in LOADED_SUFFIXES]
     options = ("calibration", "calibration_tokens", "device_map", "weights_format")
     return dict(
@@ -614,31 +614,30 @@ def compress_loaded(
     arguments: CompressArguments,
     config,  # A CompressionConfig
     sequences: list | None,  # Calibration, 1-D token-id tensors; sampled here for "self"
-    tokenizer,  # Saved with the model
 ):
     "Load the whole model, compress it and save it; returns its `CompressionStatistics`."
     from moe_nb.checkpoint import METADATA, save_compressed_model
     from moe_nb.compress import compress_model
     from moe_nb.files import is_finished, resolved_output
     from moe_nb.hf_names import check_device_map, pretrained_model
+    from moe_nb.sources import BESIDE_WEIGHTS, expanded, model_folder
     from moe_nb.stream import finished_statistics
     from moe_nb.text import self_sequences
 
     device_map = arguments.device_map or "auto"
     check_device_map(device_map)
     output = resolved_output(arguments.output_dir)
+    model_folder(arguments.model, BESIDE_WEIGHTS)  # saved with the model
     job = describe_loaded(arguments, config, sequences)
     if is_finished(output, METADATA, job, arguments.overwrite):
         print(f"{output} is complete already: nothing was done", file=sys.stderr)
         return finished_statistics(output)
-    model = pretrained_model(arguments.model, dtype="auto", device_map=device_map)
+    model = pretrained_model(expanded(arguments.model), dtype="auto", device_map=device_map)
     if arguments.calibration == "self":
         limit = max(1, arguments.calibration_tokens // 256)
         sequences = self_sequences(model, limit=limit, seed=config.seed)
     model, statistics = compress_model(model, config, sequences)
-    save_compressed_model(
-        model, output, tokenizer, weights_format=arguments.weights_format, job=job
-    )
+    save_compressed_model(model, output, weights_format=arguments.weights_format, job=job)
     return statistics
 
 # %% ../nbs/65_cli.ipynb #2ece9cd0
@@ -661,19 +660,19 @@ def compress_source(
     from moe_nb.sources import find_tokenizer
     from moe_nb.stream import compress_checkpoint
 
-    tokenizer = find_tokenizer(arguments.model)
+    reads_text = arguments.calibration not in ("none", "self")
+    tokenizer = find_tokenizer(arguments.model) if reads_text else None
     sequences = text_sequences(
         tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens
     )
     if arguments.device_map is not None or arguments.calibration == "self":
-        return compress_loaded(arguments, config, sequences, tokenizer), None
+        return compress_loaded(arguments, config, sequences), None
     planned = plan_from_files(arguments, config, sequences)
     statistics = compress_checkpoint(
         arguments.model,
         arguments.output_dir,
         config,
         sequences,
-        tokenizer=tokenizer,
         weights_format=arguments.weights_format,
         overwrite=arguments.overwrite,
     )

@@ -17,7 +17,7 @@ from .calibrate import calibrate, check_head
 from .experts import experts_per_token, layer_folders, read_experts
 from .fit import Group, fit_budget, pack_group
 from .hf_format import check_plain, forget_source, mark_compressed
-from .hf_names import cast_model
+from .hf_names import cast_model, unwrapped
 from moe_nb.layer import (
     CompressionConfig,
     align_layer,
@@ -82,7 +82,7 @@ def fit_model(
 # %% ../nbs/27_compress.ipynb #f6f984c5
 @torch.no_grad()
 def compress_model(
-    model: nn.Module,  # A transformers MoE; its experts are replaced in place
+    model: nn.Module,  # A transformers MoE, compiled or not; its experts are replaced in place
     config: CompressionConfig,
     calibration: Iterable[torch.Tensor]
     | None = None,  # 1-D token-id tensors that weight the fit of a ratio
@@ -91,6 +91,7 @@ def compress_model(
 
     Without `calibration` all directions count alike."""
     start, calibration = time.time(), calibration_sequences(calibration)
+    model = unwrapped(model)
     check_plain(model)
     experts = selected_experts(model, config)
     check_work(experts, config, bool(calibration))

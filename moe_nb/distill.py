@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from .calibrate import evaluation_mode
-from .checkpoint import METADATA, save_compressed_model
+from .checkpoint import METADATA, save_compressed_model, write_files_beside
 from .config import check_least, check_positive, flag
 from .experts import experts_per_token, layer_folders
 from moe_nb.files import (
@@ -54,7 +54,14 @@ from moe_nb.resume import (
     stored_model,
 )
 from .shared_core import compressed_experts
-from .sources import find_tokenizer
+from moe_nb.sources import (
+    BESIDE_WEIGHTS,
+    compressed_folder,
+    drop_lost_code,
+    expanded,
+    find_tokenizer,
+    model_folder,
+)
 from .statistics import fingerprint, samples_digest
 from .targets import INDEX, OfflineTargets, capture_targets, sequence_key
 from moe_nb.text import (
@@ -78,7 +85,7 @@ class DistillationConfig:
     "How to distill. Also the flags of `moe-nb distill`."
 
     teacher_model: str = flag("the original model: a directory or a hub id")
-    student_model_path: str = flag("the compressed model: a directory")
+    student_model_path: str = flag("the compressed model: a directory or a hub id")
     output_dir: str = flag(
         "where checkpoints and the result (in its folder final) are written; "
         "a run that was stopped there goes on"
@@ -388,8 +395,8 @@ def run_identity(config: DistillationConfig) -> dict:
     identity = asdict(config)
     for name in ("output_dir", "report_to", "logging_steps"):
         del identity[name]
-    student = Path(config.student_model_path) / METADATA
-    identity["student_sha256"] = sha256(student) if student.is_file() else None
+    student = compressed_folder(config.student_model_path)
+    identity["student_sha256"] = None if student is None else sha256(student / METADATA)
     return json.loads(json.dumps(identity))
 
 
@@ -506,11 +513,7 @@ def check_result(config: DistillationConfig, compressed: bool) -> None:
 # %% ../nbs/44_distill.ipynb #9631bff3
 def load_student(config: DistillationConfig) -> nn.Module:
     "The student in the data type of the training; a model that is not compressed draws a warning."
-    if not Path(config.student_model_path).is_dir():
-        raise ValueError(
-            f"{config.student_model_path}: no such directory; "
-            "expected a compressed model, written by moe-nb compress"
-        )
+    model_folder(config.student_model_path, BESIDE_WEIGHTS)  # which says what is wrong with it
     stored = stored_model(config.student_model_path)
     student = cast_model(stored, getattr(torch, config.dtype))
     if not compressed_experts(student):
@@ -532,7 +535,7 @@ def load_teacher(config: DistillationConfig, device: torch.device) -> nn.Module:
         )
     if config.quantizes_teacher or config.teacher_device_map:
         options["device_map"] = config.teacher_device_map or {"": device}
-    return pretrained_model(config.teacher_model, **options).eval()
+    return pretrained_model(expanded(config.teacher_model), **options).eval()
 
 # %% ../nbs/44_distill.ipynb #1e3cb0e1
 def known_teacher(config: DistillationConfig, student: nn.Module) -> str | None:
@@ -667,7 +670,8 @@ def write_result(
     """Write `model` with its `tokenizer` as the result of the run, with the record of how it was made.
 
     It is written in the data type of the student's directory."""
-    stored_dtype = AutoConfig.from_pretrained(config.student_model_path).dtype
+    source = model_folder(config.student_model_path)
+    stored_dtype = AutoConfig.from_pretrained(source).dtype
     if stored_dtype is not None:
         cast_model(model, stored_dtype)
     final = Path(config.output_dir) / "final"
@@ -676,8 +680,9 @@ def write_result(
         save_compressed_model(model, final, tokenizer)
         return
     with atomic_directory(final, RUN) as folder:
+        write_files_beside(source, tokenizer, folder)
+        drop_lost_code(model.config, folder)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
         files = sorted(path.name for path in folder.iterdir())
         (folder / RUN).write_text(json.dumps(dict(run_identity(config), files=files), indent=2))
 
@@ -689,7 +694,7 @@ def check_teacher(
     tokenizer,  # Of the student
 ) -> None:
     "Raise `ValueError` unless `teacher` has the vocabulary of `student`, and stored outputs, if any, are its own."
-    its_tokenizer = find_tokenizer(config.teacher_model, None)
+    its_tokenizer = find_tokenizer(config.teacher_model)
     check_vocabulary(student, teacher, tokenizer, its_tokenizer)
     targets_of(config, student, fingerprint(teacher))
 

@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
 
 from .calibrate import evaluation_mode
-from .checkpoint import is_compressed, load_compressed_model
+from .checkpoint import load_compressed_model
 from .config import batch_size_of, check_dtype
 from .files import replace_text
 from .hf_names import check_device_map, pretrained_model
 from .model_card import CARD, with_scores
+from .sources import compressed_folder, expanded, find_tokenizer
 from .text import check_max_length
 
 if TYPE_CHECKING:  # it takes seconds to import, and perplexity needs none of it
@@ -216,11 +216,15 @@ def model_and_tokenizer(
     if tokenizer is None and not source:
         raise ValueError("the model does not say where it was loaded from: pass its tokenizer")
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or source)
+        place = tokenizer or source
+        tokenizer = find_tokenizer(place)
+        if tokenizer is None:
+            raise ValueError(f"{place} has no tokenizer: pass one")
     if loaded:
         return model, tokenizer
-    load = load_compressed_model if is_compressed(source) else pretrained_model
-    return load(source, device_map=device_map, dtype=dtype), tokenizer
+    compressed = compressed_folder(source) is not None
+    load = load_compressed_model if compressed else pretrained_model
+    return load(expanded(source), device_map=device_map, dtype=dtype), tokenizer
 
 # %% ../nbs/50_evaluate.ipynb #d3045de2
 def clean_metrics(task: str, metrics: dict) -> dict[str, float]:

@@ -7,7 +7,7 @@ __all__ = ['PASSING', 'EXPORT_RECORD', 'ExportLayout', 'stored_tensors', 'plain_
            'hub_tensors', 'hub_shapes', 'places_of_own', 'places_in_rows', 'expert_places', 'hub_state',
            'stored_dtypes', 'export_layout', 'expert_weights', 'part_weights', 'write_part', 'tensor_places',
            'describe_export', 'begin_export', 'write_export_record', 'original_folder', 'finish_export', 'write_parts',
-           'export_to_hf_format']
+           'export_to_hf_format', 'lost_tensors']
 
 # %% ../nbs/33_export.ipynb #2e651757
 import copy
@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig
 
 from .checkpoint import INDEXES, METADATA, extra_files, verify_directory, write_card
+from .experts import find_experts
 from moe_nb.files import (
     begin_job,
     check_output,
@@ -55,6 +56,7 @@ from moe_nb.hf_names import (
 from moe_nb.shards import (
     create_file,
     dequantized,
+    empty_model,
     file_layout,
     load_tensors,
     open_shard,
@@ -65,6 +67,7 @@ from moe_nb.shards import (
     predicting_layers,
     release,
     runtime_names,
+    same_values,
     settle_ties,
     tensor_bytes,
     write_at,
@@ -534,3 +537,29 @@ def export_to_hf_format(
             complete_job(output, EXPORT_RECORD)
         state.wait_for_everyone()
     return Path(output_path)
+
+# %% ../nbs/33_export.ipynb #57553c9c
+def lost_tensors(
+    source: str | Path,  # A checkpoint, under the names of the hub
+    exported: str | Path,  # What was exported of it in the same data type
+) -> dict[str, str]:
+    """Name -> what is wrong, of each tensor of `source` that is not in `exported` as it was; empty: nothing is lost.
+
+    Experts of the model have other values, all else must be equal to the bit. fp8 counts as it is multiplied out."""
+    tensors = dequantized(Path(source), open_source(Path(source)))
+    found = open_source(Path(exported))
+    model = empty_model(Path(source), tensors)
+    experts = tuple(f"{name}." for name in find_experts(model))
+    placed = runtime_names(model, tensors)
+    wrong = {}
+    for name, value in tensors.items():
+        there = found.get(name)
+        if there is None:
+            wrong[name] = "is missing"
+        elif (there.shape, there.dtype) != (value.shape, value.dtype):
+            wrong[name] = (
+                f"was {tuple(value.shape)} {value.dtype}, is {tuple(there.shape)} {there.dtype}"
+            )
+        elif not placed.get(name, "").startswith(experts) and not same_values(value, there):
+            wrong[name] = "has other values"
+    return wrong

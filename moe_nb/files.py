@@ -6,7 +6,7 @@
 __all__ = ['SHARED_FILES', 'MARK', 'JOB', 'sync', 'whole_file', 'replace_text', 'replace_json', 'read_json', 'write_tensors',
            'replace_tensors', 'read_tensors', 'sha256', 'file_identity', 'append_line', 'read_lines', 'mend_lines',
            'resolved_output', 'check_writable', 'check_result_file', 'lock_file', 'sole_holder', 'sibling',
-           'sole_writer', 'check_output', 'own_files', 'link_or_copy', 'keep_foreign', 'recover_old',
+           'sole_writer', 'check_output', 'own_files', 'link_or_copy', 'keep_foreign', 'recover_old', 'plain_modes',
            'install_directory', 'remove_leftovers', 'atomic_directory', 'discard', 'work_folder', 'differences',
            'read_job', 'job_text', 'start_job', 'begin_job', 'complete_job', 'is_finished', 'entry_path',
            'spans_checksum', 'finish_piece', 'finished_piece', 'processes', 'share']
@@ -343,6 +343,17 @@ def recover_old(path: Path, marker: str) -> None:
             old.rename(path)
 
 
+def plain_modes(folder: Path) -> None:
+    "Give all files under `folder` the mode that a new file gets; some libraries write for their owner only."
+    new = folder / ".mode"
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def install_directory(
     finished: Path,  # Directory, complete
     path: Path,  # On the same file system
@@ -352,6 +363,7 @@ def install_directory(
     recover_old(path, marker)
     if not (path / marker).is_file():
         check_output(path, marker)
+    plain_modes(finished)
     replaces = (path / marker).is_file()
     if replaces:
         keep_foreign(path, finished, marker)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['planned_dtypes', 'set_dtypes', 'family_dtypes', 'cast_model', 'model_class', 'bare_model', 'pretrained_model',
-           'remote_code', 'check_device_map', 'saving_conversions', 'split_conversions', 'renamed', 'converts',
-           'dequantize_blocks', 'quantization_of', 'quantization_method', 'drop_quantization', 'says_tied',
-           'say_untied', 'is_packed', 'packed_parameters', 'quantizer_method', 'quantizes', 'ignored_patterns',
-           'grouped']
+           'check_unwrapped', 'wrapper_prefix', 'unwrapped', 'remote_code', 'check_device_map', 'saving_conversions',
+           'split_conversions', 'renamed', 'converts', 'dequantize_blocks', 'quantization_of', 'quantization_method',
+           'drop_quantization', 'says_tied', 'say_untied', 'is_packed', 'packed_parameters', 'quantizer_method',
+           'quantizes', 'ignored_patterns', 'grouped']
 
 # %% ../nbs/04_hf_names.ipynb #2035e92d
 import copy
@@ -22,7 +22,7 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import PrefixedDataset, broadcast_object_list
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -124,6 +124,42 @@ def pretrained_model(source: str | Path, **options) -> nn.Module:
     "A model of a directory or the hub, by the class that its configuration names; `options` of `from_pretrained`."
     chosen = model_class(AutoConfig.from_pretrained(source))
     return chosen.from_pretrained(source, **options)
+
+# %% ../nbs/04_hf_names.ipynb #11ba2f13
+_ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer)(\.|$)")  # In names that PEFT gives
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    "Raise `ValueError` for a model with adapters that are not merged, or with parts that were compiled."
+    packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
+    adapted = [name for name, _ in model.named_parameters() if _ADAPTER.search(name)]
+    if adapted or "peft" in packages or hasattr(model, "peft_config"):
+        which = f", such as {adapted[0]}" if adapted else ""
+        raise ValueError(
+            f"the model ({type(model).__name__}) holds adapters that are not merged{which}: expected a plain model; "
+            "merge them first, with model = model.merge_and_unload()"
+        )
+    compiled = [name for name, part in model.named_modules() if hasattr(part, "_orig_mod")]
+    if compiled:
+        raise ValueError(
+            f"{compiled[0]} is compiled for itself, which changes the names of its weights: "
+            "put its _orig_mod back in its place, or call model.compile() in place of torch.compile"
+        )
+
+
+def wrapper_prefix(model: nn.Module) -> str:
+    "What torch.compile, DistributedDataParallel and the like put before all names of the model inside."
+    inner, prefix = getattr(model, "_orig_mod", None), "_orig_mod."
+    if inner is None and not isinstance(model, PreTrainedModel):
+        inner, prefix = getattr(model, "module", None), "module."
+    return prefix + wrapper_prefix(inner) if isinstance(inner, nn.Module) else ""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    "The model inside of torch.compile, DistributedDataParallel and the like; `ValueError` for adapters not merged."
+    inner = model.get_submodule(wrapper_prefix(model).removesuffix("."))
+    check_unwrapped(inner)
+    return inner
 
 # %% ../nbs/04_hf_names.ipynb #3994aef1
 _AUTO = "transformers.models.auto."

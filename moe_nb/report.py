@@ -18,6 +18,7 @@ from .checkpoint import read_metadata
 from .export import stored_tensors
 from .files import read_json
 from .plots import error_panel, heat_maps, rank_panels
+from .sources import model_folder
 
 # %% ../nbs/62_report.ipynb #1e5a930b
 def layer_number(folder: str) -> int:
@@ -44,14 +45,15 @@ def rank_tables(path: str | Path) -> dict[str, pd.DataFrame]:
     """Projection -> rank of the factors, one row per layer and one column per expert.
 
     Those of gate and up come once, where they are the same."""
-    metadata = read_metadata(path)
-    tensors = stored_tensors(Path(path), metadata["weights_format"])
+    folder = model_folder(path)
+    metadata = read_metadata(folder)
+    tensors = stored_tensors(folder, metadata["weights_format"])
     ranks = {}
-    for folder, layer in metadata["layers"].items():
+    for name, layer in metadata["layers"].items():
         for projection in layer["projections"]:
             found = expert_ranks(tensors, f"{layer['module']}.{projection}")
             if found is not None:
-                ranks.setdefault(projection, {})[layer_number(folder)] = found
+                ranks.setdefault(projection, {})[layer_number(name)] = found
     tables = {}
     for projection, rows in ranks.items():
         tables[projection] = pd.DataFrame.from_dict(rows, orient="index")
@@ -64,7 +66,8 @@ def rank_tables(path: str | Path) -> dict[str, pd.DataFrame]:
 # %% ../nbs/62_report.ipynb #8c59fc33
 def read_statistics(path: str | Path) -> dict:
     "What `compression_statistics.yaml` of a directory says; empty for a model that somebody put together."
-    return yaml.safe_load((Path(path) / "compression_statistics.yaml").read_text()) or {}
+    file = model_folder(path) / "compression_statistics.yaml"
+    return yaml.safe_load(file.read_text()) or {}
 
 # %% ../nbs/62_report.ipynb #c1891173
 def error_table(path: str | Path) -> pd.DataFrame:
@@ -131,7 +134,7 @@ def total_line(
 
 def report(path: str | Path) -> str:
     "What a compressed directory holds, as text: totals, and a table of its layers."
-    metadata, statistics = read_metadata(path), read_statistics(path)
+    metadata, statistics = read_metadata(model_folder(path)), read_statistics(path)
     files = metadata["files"]
     megabytes = sum(file["size"] for file in files.values()) / 1e6
     written = f"format {metadata['format_version']} ({metadata['weights_format']})"

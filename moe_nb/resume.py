@@ -42,13 +42,14 @@ from moe_nb.files import (
 )
 from .hf_names import TrainOutput, pretrained_model
 from .shared_core import compressed_experts
+from .sources import compressed_folder, expanded
 
 # %% ../nbs/42_resume.ipynb #91acbbe6
 def stored_model(path: str | Path) -> nn.Module:
     "The model in a directory, compressed or not, on the CPU and in the data type it is stored in."
-    if is_compressed(path):
+    if compressed_folder(path):
         return load_compressed_model(path, device_map={"": "cpu"})
-    return pretrained_model(path, dtype="auto")
+    return pretrained_model(expanded(path), dtype="auto")
 
 # %% ../nbs/42_resume.ipynb #ca5f530f
 TRAINER_STATE = "trainer_state.json"

@@ -420,9 +420,11 @@ def same_values(
     other,  # Lazy tensor
     most: int = 1 << 26,  # About as many numbers at a time
 ) -> bool:
-    "Whether two tensors are equal, read a few rows at a time."
-    if one.shape != other.shape or not one.shape:
+    "Whether two tensors are equal, and of one data type; read a few rows at a time."
+    if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if not one.shape:
+        return torch.equal(one[...], other[...])
     step = max(1, most // max(1, one.shape[1:].numel()))
     for start in range(0, one.shape[0], step):
         rows = slice(start, min(start + step, one.shape[0]))

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -16,10 +17,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model
 from moe_nb.compress import compress_model
 from moe_nb.experts import find_experts, layout_of
-from moe_nb.export import export_to_hf_format
-from moe_nb.hf_names import bare_model
+from moe_nb.export import export_to_hf_format, lost_tensors
+from moe_nb.hf_names import bare_model, ignored_patterns
 from moe_nb.layer import CompressionConfig
-from moe_nb.shards import open_source
+from moe_nb.shards import open_source, predicting_layers
 from moe_nb.shared_core import compressed_experts
 from moe_nb.stream import compress_checkpoint
 
@@ -152,6 +153,32 @@ def same_tensors(one, two):
         assert torch.equal(one[name][...], two[name][...]), name
 
 
+def predicting_name(model):
+    "Where a checkpoint of this family keeps a layer for multi-token prediction: before the rest of a name; or None"
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    patterns = [pattern for pattern in ignored_patterns(model) if "mtp" in pattern]
+    for name in ("mtp.layers.0.", "model.mtp.layers.0.", "model.mtp_layers.0.", "mtp_dspark.0."):
+        if any(re.search(pattern, name) for pattern in patterns):
+            return name
+    return f"model.layers.{layers}." if predicting_layers(model.config) else None
+
+
+def add_predicting(model, folder):
+    "Add a layer for multi-token prediction to a saved checkpoint, if its family has such; whether it has"
+    prefix, file = predicting_name(model), folder / "model.safetensors"
+    if prefix is None:
+        return False
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    tensors, added = load_file(file), {}
+    for name, value in tensors.items():
+        stack, found, rest = name.partition(f".layers.{layers - 1}.")
+        if found and stack in ("model", "model.language_model"):
+            added[f"{prefix}{rest}"] = value.clone()
+    added[f"{prefix}eh_proj.weight"] = torch.rand(16, 32)
+    save_file(tensors | added, file, metadata={"format": "pt"})
+    return True
+
+
 class Family:
     "One family and its tiny model; each method without underscore is a capability, in order, and raises where it fails"
 
@@ -169,6 +196,7 @@ class Family:
             if not name.startswith(modules):
                 self.untouched[name] = value.clone()
         model.save_pretrained(self.folder / "source")
+        self.predicts = add_predicting(model, self.folder / "source")
 
     def _config(self, **changes):
         return CompressionConfig(ratio=self.ratio, rounds=2, **changes)
@@ -264,6 +292,13 @@ class Family:
         assert streamed.keys() == self.state.keys()
         assert all(torch.equal(value, self.state[name]) for name, value in streamed.items())
 
+    def tensors_equal(self):
+        "every tensor of the source is in the export: name, shape, data type, and the values outside the experts"
+        export_to_hf_format(self.folder / "streamed", None, self.folder / "streamed_exported")
+        wrong = lost_tensors(self.folder / "source", self.folder / "streamed_exported")
+        first = ", ".join(f"{name} {problem}" for name, problem in list(wrong.items())[:2])
+        assert not wrong, f"{len(wrong)} tensors: {first}"
+
     def stream_calibrated(self):
         "sums in another order round otherwise, so this is equal but for rounding"
         source, target = self.folder / "source", self.folder / "streamed_calibrated"
@@ -338,6 +373,7 @@ def prove(model_type, overrides=None, model=None):
         experts=" ".join(layouts),
         layout="; ".join(layouts.values()),
         layers=len(modules),
+        predicting=TICK if family.predicts else "",
         **marks,
         difference=max(family.differences, default=None),
         reason="; ".join(reasons),
