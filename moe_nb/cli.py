@@ -297,8 +297,10 @@ def raised_on_purpose(error: BaseException) -> bool:
 def user_error(error: Exception) -> str | None:
     "What `error` says, in one line, where something is wrong with what the user gave; None for a fault of ours."
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ValueError | OSError | ImportError):
+    if isinstance(error, ValueError | OSError):
         return text
+    if isinstance(error, ImportError) and not (error.name or "").startswith("moe_nb"):
+        return text  # a package that is optional
     if isinstance(error, MemoryError):
         return f"out of memory: {text}"
     if type(error).__module__.partition(".")[0] in OF_LIBRARIES:
@@ -620,14 +622,13 @@ def compress_loaded(
     from moe_nb.compress import compress_model
     from moe_nb.files import is_finished, resolved_output
     from moe_nb.hf_names import check_device_map, pretrained_model
-    from moe_nb.sources import BESIDE_WEIGHTS, expanded, model_folder
+    from moe_nb.sources import expanded
     from moe_nb.stream import finished_statistics
     from moe_nb.text import self_sequences
 
     device_map = arguments.device_map or "auto"
     check_device_map(device_map)
     output = resolved_output(arguments.output_dir)
-    model_folder(arguments.model, BESIDE_WEIGHTS)  # saved with the model
     job = describe_loaded(arguments, config, sequences)
     if is_finished(output, METADATA, job, arguments.overwrite):
         print(f"{output} is complete already: nothing was done", file=sys.stderr)

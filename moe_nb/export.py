@@ -33,6 +33,7 @@ from .experts import find_experts
 from moe_nb.files import (
     begin_job,
     check_output,
+    check_unfinished,
     complete_job,
     finish_piece,
     finished_piece,
@@ -529,6 +530,7 @@ def export_to_hf_format(
     layout = export_layout(compressed, dtype, max_shard_size, extra)
     with sole_writer(output) if state.is_main_process else nullcontext():
         if state.is_main_process:
+            check_unfinished(output, EXPORT_RECORD, job, overwrite)
             begin_export(layout, output, job)
         state.wait_for_everyone()
         write_parts(layout, output, state)

@@ -8,8 +8,8 @@ __all__ = ['SHARED_FILES', 'MARK', 'JOB', 'sync', 'whole_file', 'replace_text', 
            'resolved_output', 'check_writable', 'check_result_file', 'lock_file', 'sole_holder', 'sibling',
            'sole_writer', 'check_output', 'own_files', 'link_or_copy', 'keep_foreign', 'recover_old', 'plain_modes',
            'install_directory', 'remove_leftovers', 'atomic_directory', 'discard', 'work_folder', 'differences',
-           'read_job', 'job_text', 'start_job', 'begin_job', 'complete_job', 'is_finished', 'entry_path',
-           'spans_checksum', 'finish_piece', 'finished_piece', 'processes', 'share']
+           'read_job', 'job_text', 'start_job', 'begin_job', 'complete_job', 'is_finished', 'check_unfinished',
+           'entry_path', 'spans_checksum', 'finish_piece', 'finished_piece', 'processes', 'share']
 
 # %% ../nbs/02_files.ipynb #695f91d3
 import fcntl
@@ -517,6 +517,17 @@ def is_finished(
             "choose another output path, or ask for it to be overwritten (--overwrite, overwrite=True)"
         )
     return True
+
+# %% ../nbs/02_files.ipynb #0dd4fe32
+def check_unfinished(
+    output: Path,
+    marker: str,  # As in `is_finished`
+    job: dict,  # As in `is_finished`
+    overwrite: bool,  # As in `is_finished`
+) -> None:
+    "Raise `OSError` or `ValueError` where another process has finished `output` meanwhile; for its sole writer."
+    if is_finished(output, marker, job, overwrite):
+        raise ValueError(f"{output} was completed by another process meanwhile: nothing was done")
 
 # %% ../nbs/02_files.ipynb #286ed74e
 def entry_path(folder: Path, piece: str) -> Path:

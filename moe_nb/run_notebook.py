@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['RAN', 'is_parameters', 'literal', 'assigned', 'parameter_value', 'known_parameters', 'listed', 'parameter_values',
-           'with_parameters', 'headings', 'execute', 'check_installed', 'is_run', 'check_notebook', 'run_notebook']
+           'with_parameters', 'headings', 'run_aside', 'execute', 'check_installed', 'is_run', 'is_unfinished',
+           'check_notebook', 'run_notebook']
 
 # %% ../nbs/64_run_notebook.ipynb #30761154
 import ast
 import importlib
 import json
+import os
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .files import check_result_file, replace_text
+from .files import check_result_file, read_json, replace_text
 
 # %% ../nbs/64_run_notebook.ipynb #5ba1e74d
 def is_parameters(
@@ -159,6 +163,18 @@ def headings(
         found.append(current)
     return found
 
+# %% ../nbs/64_run_notebook.ipynb #e0c3bd97
+def run_aside(client) -> None:
+    "Let an nbclient `client` run its notebook in a thread; what ends this one, such as Ctrl-C, ends the kernel too."
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.execute)
+        try:
+            running.result()
+        except BaseException:
+            if not running.done():
+                os.kill(client.km.provisioner.pid, signal.SIGKILL)
+            raise
+
 # %% ../nbs/64_run_notebook.ipynb #328f2047
 def execute(
     nb: dict,  # A notebook; its outputs are filled in
@@ -194,7 +210,7 @@ def execute(
     )
     with tqdm(total=len(code), unit="cell") as progress:
         try:
-            client.execute()
+            run_aside(client)
         except CellExecutionError as error:
             problem = f"cell {running} failed: {error.ename}: {error.evalue}"
             raise RuntimeError(f"{problem}; {where}") from None
@@ -224,6 +240,14 @@ def is_run(text: str) -> bool:
     return RAN in json.loads(text)["metadata"]
 
 
+def is_unfinished(path: Path) -> bool:
+    "Whether the notebook at `path` was written here, and stopped or failed: the same command again replaces it."
+    try:
+        return not read_json(path)["metadata"][RAN]["complete"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_notebook(
     path: Path,  # Of the notebook
     output: Path,  # Where its result goes
@@ -234,7 +258,7 @@ def check_notebook(
         raise FileNotFoundError(f"{path}: no such notebook")
     if path.resolve() == output.resolve():
         raise ValueError(f"{output} is the notebook itself: choose another output")
-    check_result_file(output, is_run, overwrite)
+    check_result_file(output, is_run, overwrite or is_unfinished(output))
 
 
 def run_notebook(
@@ -255,11 +279,14 @@ def run_notebook(
     check_notebook(path, output, overwrite)
     nb = nbformat.read(path, as_version=4)
     with_parameters(nb, parameter_values(nb, list(parameters)))
-    nb["metadata"][RAN] = dict(notebook=path.name, parameters=list(parameters))
+    record = dict(notebook=path.name, parameters=list(parameters), complete=False)
+    nb["metadata"][RAN] = record  # nbformat keeps a copy
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def save():
         replace_text(output, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
     execute(nb, path.parent, save, f"it is in {output}, with what ran before it")
+    nb["metadata"][RAN]["complete"] = True
+    save()
     return output

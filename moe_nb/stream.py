@@ -43,6 +43,7 @@ from .experts import experts_per_token, find_experts, layer_folders, read_expert
 from moe_nb.files import (
     begin_job,
     check_output,
+    check_unfinished,
     complete_job,
     finish_piece,
     finished_piece,
@@ -716,6 +717,7 @@ def compress_checkpoint(
         return finished_statistics(output)
     with sole_writer(output) if state.is_main_process else nullcontext():
         if state.is_main_process:
+            check_unfinished(output, METADATA, describe_job(run), overwrite)
             begin_run(run)
         state.wait_for_everyone()
         fit = fit_together(run) if run.by_data else None

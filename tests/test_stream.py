@@ -81,6 +81,12 @@ def test_processes_share_the_layers(reference, tmp_path, processes):
     assert [path.name for path in tmp_path.iterdir()] == ["compressed"]
 
 
+def test_the_adam_recipe_runs_from_the_command_line(tmp_path):
+    run(tmp_path / "adam", method="adam", steps=2, layers=0)
+    loaded = load_compressed_model(tmp_path / "adam")
+    assert all(value.isfinite().all() for value in loaded.parameters())
+
+
 @pytest.mark.slow
 def test_processes_share_an_export(tmp_path):
     run(tmp_path / "compressed")
