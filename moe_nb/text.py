@@ -173,7 +173,7 @@ def documents_in(
         if document is not None:
             yield document
             continue
-        if not skipped:
+        if not skipped and not isinstance(row, str):  # an empty file is no row
             message = "%s: row %d holds no text; such rows are left out"
             logging.getLogger(__name__).warning(message, source, number)
         skipped += 1
