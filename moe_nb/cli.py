@@ -196,7 +196,7 @@ def parse(
     """
     parser = flags_parser(name, *classes)
     argv = with_config(argv)
-    known = [flag for action in parser._actions for flag in action.option_strings]
+    known = [option for action in parser._actions for option in action.option_strings]
     check_flags(argv, known)
     _, rest = parser.parse_known_args(argv)
     if rest:
