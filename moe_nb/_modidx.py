@@ -556,6 +556,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'moe_nb.hf_format.empty_experts': ('hf_format.html#empty_experts', 'moe_nb/hf_format.py'),
                                   'moe_nb.hf_format.empty_factors': ('hf_format.html#empty_factors', 'moe_nb/hf_format.py'),
                                   'moe_nb.hf_format.factor_shapes': ('hf_format.html#factor_shapes', 'moe_nb/hf_format.py'),
+                                  'moe_nb.hf_format.factor_types': ('hf_format.html#factor_types', 'moe_nb/hf_format.py'),
                                   'moe_nb.hf_format.forget_source': ('hf_format.html#forget_source', 'moe_nb/hf_format.py'),
                                   'moe_nb.hf_format.load_conversions': ('hf_format.html#load_conversions', 'moe_nb/hf_format.py'),
                                   'moe_nb.hf_format.mark_compressed': ('hf_format.html#mark_compressed', 'moe_nb/hf_format.py'),

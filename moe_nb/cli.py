@@ -619,20 +619,18 @@ def compress_loaded(
     from moe_nb.compress import compress_model
     from moe_nb.files import is_finished, resolved_output
     from moe_nb.hf_names import check_device_map, pretrained_model
-    from moe_nb.sources import BESIDE_WEIGHTS, expanded, model_folder
+    from moe_nb.sources import expanded
     from moe_nb.stream import finished_statistics
     from moe_nb.text import self_sequences
 
     device_map = arguments.device_map or "auto"
     check_device_map(device_map)
     output = resolved_output(arguments.output_dir)
-    model_folder(arguments.model, BESIDE_WEIGHTS)  # saved with the model
     job = describe_loaded(arguments, config, sequences)
     if is_finished(output, METADATA, job, arguments.overwrite):
         print(f"{output} is complete already: nothing was done", file=sys.stderr)
         return finished_statistics(output)
-    place = expanded(arguments.model)
-    model = pretrained_model(place, dtype="auto", device_map=device_map)
+    model = pretrained_model(expanded(arguments.model), dtype="auto", device_map=device_map)
     if arguments.calibration == "self":
         limit = max(1, arguments.calibration_tokens // 256)
         sequences = self_sequences(model, limit=limit, seed=config.seed)

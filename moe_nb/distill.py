@@ -739,7 +739,7 @@ def distill(
     check_run(config)
     final = Path(config.output_dir) / "final"
     if is_complete(config):
-        if config.dataset == "embedded" or Path(config.dataset).exists():
+        if config.dataset == "embedded" or Path(config.dataset).expanduser().exists():
             run_text(config)
         logging.getLogger(__name__).warning("%s is complete already: nothing was done", final)
         return final

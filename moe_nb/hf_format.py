@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'METHOD', 'SharedCoreConfig', 'factor_shapes', 'empty_factors', 'empty_experts', 'check_plain',
            'forget_source', 'replaced_parameters', 'set_conversions_aside', 'load_conversions', 'align_tensors',
-           'SharedCoreQuantizer', 'mark_compressed']
+           'factor_types', 'SharedCoreQuantizer', 'mark_compressed']
 
 # %% ../nbs/13_hf_format.ipynb #ed9e2dd1
 import copy
@@ -32,6 +32,7 @@ from moe_nb.hf_names import (
     saving_conversions,
     say_untied,
     says_tied,
+    set_dtypes,
     split_conversions,
 )
 from moe_nb.shared_core import (
@@ -192,6 +193,15 @@ def align_tensors(model: nn.Module) -> None:
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
 
+# %% ../nbs/13_hf_format.ipynb #d1a464ea
+def factor_types(model: nn.Module) -> dict[str, torch.dtype]:
+    "Name -> data type of every tensor of the compressed experts of `model`."
+    types = {}
+    for module, experts in compressed_experts(model).items():
+        for key, value in experts.state_dict().items():
+            types[f"{module}.{key}"] = value.dtype
+    return types
+
 # %% ../nbs/13_hf_format.ipynb #b678489d
 @register_quantizer(METHOD)
 class SharedCoreQuantizer(HfQuantizer):
@@ -200,6 +210,7 @@ class SharedCoreQuantizer(HfQuantizer):
     is_trainable = True
     is_qat_trainable = True
     _loading = None  # The model, while it is loaded
+    _types = None  # Of its factors, as they were built
 
     def is_serializable(self):
         return True
@@ -224,12 +235,14 @@ class SharedCoreQuantizer(HfQuantizer):
             model._loaded_from = os.path.dirname(os.path.abspath(checkpoint_files[0]))
         for name, shapes in self.quantization_config.modules.items():
             model.set_submodule(name, empty_experts(model.get_submodule(name), shapes))
+        self._types = factor_types(model)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self._loading = None
         model._all_weight_conversions = (
             None  # the directory was written without them: the defaults hold
         )
+        set_dtypes(model, self._types)
         align_tensors(model)
         return model
 

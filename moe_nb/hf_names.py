@@ -126,14 +126,15 @@ def pretrained_model(source: str | Path, **options) -> nn.Module:
     return chosen.from_pretrained(source, **options)
 
 # %% ../nbs/04_hf_names.ipynb #11ba2f13
-_ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer)(\.|$)")  # In names that PEFT gives
+# In names that PEFT gives
+_ADAPTER = re.compile(r"^base_model\.model\.|(^|\.)(lora_\w+|base_layer)(\.|$)")
 
 
 def check_unwrapped(model: nn.Module) -> None:
     "Raise `ValueError` for a model with adapters that are not merged, or with parts that were compiled."
-    packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
     adapted = [name for name, _ in model.named_parameters() if _ADAPTER.search(name)]
-    if adapted or "peft" in packages or hasattr(model, "peft_config"):
+    around = not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config")
+    if adapted or around:  # a model whose adapters were merged may still have its peft_config
         which = f", such as {adapted[0]}" if adapted else ""
         raise ValueError(
             f"the model ({type(model).__name__}) holds adapters that are not merged{which}: expected a plain model; "

@@ -118,7 +118,7 @@ BEFORE_DISTILLATION = (
 
 def is_distilled(path: str | Path) -> bool:
     "Whether a compressed directory is the result of a distillation."
-    return bool(read_json(Path(path) / "compression_config.json").get("distillation"))
+    return bool(read_json(model_folder(path) / "compression_config.json").get("distillation"))
 
 # %% ../nbs/62_report.ipynb #633bc953
 def total_line(
@@ -149,7 +149,7 @@ def report(path: str | Path) -> str:
 # %% ../nbs/62_report.ipynb #00fac3d5
 def report_data(path: str | Path) -> dict:
     "What `report` says, as values that JSON has: sizes in bytes, numbers of parameters, a row per layer."
-    metadata, statistics = read_metadata(path), read_statistics(path)
+    metadata, statistics = read_metadata(model_folder(path)), read_statistics(path)
     data = dict(
         path=str(path),
         format_version=metadata["format_version"],

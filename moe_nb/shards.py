@@ -153,6 +153,11 @@ class ScaledTensor:
 
 # %% ../nbs/32_shards.ipynb #6c02629c
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_BYTES = (
+    torch.int8,
+    torch.uint8,
+    torch.float8_e8m0fnu,
+)  # Weights of other quantizations, and scales
 _QUANTIZED = "load the checkpoint with transformers, dequantize() it and save it first"
 
 
@@ -230,11 +235,13 @@ def dequantized(
         dtype = config.dtype if config.dtype and config.dtype.itemsize > 1 else torch.bfloat16
         block = quantization.get("weight_block_size", (128, 128))
         tensors = with_scales(tensors, block, dtype)
-    raw = [name for name, value in tensors.items() if value.dtype in _FP8]
+    raw = [name for name, value in tensors.items() if value.dtype in (*_FP8, *_BYTES)]
     if raw:
+        wanted = ", ".join(scale_names(raw[0]))
         raise ValueError(
-            f"{folder}: {raw[0]} is stored in fp8 ({len(raw)} tensors in all), and no scales were found for it "
-            f"({', '.join(scale_names(raw[0]))}, with a quantization_config of method fp8): {_QUANTIZED}"
+            f"{folder}: {raw[0]} is stored in {tensors[raw[0]].dtype} ({len(raw)} tensors like that), which is read "
+            f"as fp8 with scales under one of the names {wanted}, and with a quantization_config of method fp8; "
+            f"that is not so here: {_QUANTIZED}"
         )
     return tensors
 

@@ -259,7 +259,7 @@ def read_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of any kind: each class of tokenizers raises its own
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:600]
         files = ", ".join(names)
         raise ValueError(
             f"{folder}: the tokenizer can not be read from {files} ({type(error).__name__}: {reason})"

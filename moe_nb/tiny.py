@@ -147,7 +147,7 @@ def is_tiny(
         "num_hidden_layers",
         "moe_intermediate_size",
     )
-    file = Path(model) / "config.json"
+    file = Path(model).expanduser() / "config.json"
     if not file.is_file():
         return False
     theirs = json.loads(file.read_text())

@@ -14,11 +14,11 @@ from moe_nb.experts import find_experts
 from moe_nb.export import export_to_hf_format
 from moe_nb.hf_names import cast_model, model_class
 from moe_nb.layer import CompressionConfig
-from moe_nb.shards import open_source
-from moe_nb.stream import compress_checkpoint
+from moe_nb.shards import load_tensors, open_source
+from moe_nb.stream import compress_checkpoint, open_checkpoint
 
 FEW = ["deepseek_v3", "ernie4_5_moe", "nemotron_h"]
-CONFIG = CompressionConfig(ratio=0.6, rounds=1)
+CONFIG = CompressionConfig(rank=2, rounds=1)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,14 @@ def has_kept(model_type):
     except Exception:
         return False  # the families notebook says why
     return bool(find_experts(model)) and bool(kept_tensors(cast_model(model, torch.bfloat16)))
+
+
+def reloads(model_type, folder):
+    "Whether transformers itself loads what it saved of a family"
+    model = tiny_model(model_type)
+    model.save_pretrained(folder)
+    found = loaded(folder, dtype=torch.float32).state_dict()
+    return all(torch.equal(found[key], value) for key, value in model.state_dict().items())
 
 
 def source_of(model_type, folder):
@@ -106,7 +114,7 @@ def check_cast(model_type, folder):
     "From float32 to bfloat16: as transformers loads it"
     tiny_model(model_type).save_pretrained(folder / "source")
     expected = outside(loaded(folder / "source", dtype=torch.bfloat16))
-    config = CompressionConfig(ratio=0.6, rounds=1, dtype="bfloat16")
+    config = CompressionConfig(rank=2, rounds=1, dtype="bfloat16")
     compressed, _ = compress_model(loaded(folder / "source", dtype=torch.float32), config)
     assert_same(compressed.state_dict(), expected)
     compress_checkpoint(folder / "source", folder / "streamed", config)
@@ -115,6 +123,18 @@ def check_cast(model_type, folder):
     assert types(streamed) == types(compressed)
     export_to_hf_format(folder / "streamed", None, folder / "exported")
     assert_same(loaded(folder / "exported", dtype="auto").state_dict(), expected)
+
+
+def test_projection_that_is_stored_whole_has_the_type_of_the_others(tmp_path):
+    "Its name, experts.gate.weight, holds that of a router, gate.weight"
+    model = cast_model(tiny_model("ernie4_5_moe"), torch.bfloat16)
+    config = CompressionConfig(rank=2, rounds=1, projections=["up_proj", "down_proj"])
+    compressed, _ = compress_model(model, config)
+    save_compressed_model(compressed, tmp_path / "saved")
+    loaded_again = load_compressed_model(tmp_path / "saved")
+    assert types(loaded_again) == types(compressed)
+    cast = cast_model(cast_model(loaded_again, torch.float32), torch.bfloat16)
+    assert types(cast) == types(compressed)
 
 
 @pytest.mark.parametrize("model_type", FEW)
@@ -131,10 +151,30 @@ def test_every_family_keeps_its_types(what, tmp_path):
     failed = {}
     for model_type in families:
         try:
-            what(model_type, tmp_path / model_type)
+            if reloads(model_type, tmp_path / model_type / "plain"):
+                what(model_type, tmp_path / model_type)
         except Exception as error:
             failed[model_type] = f"{type(error).__name__}: {str(error)[:300]}"
     assert not failed, failed
+
+
+@pytest.mark.parametrize("stored", ["as it is loaded", "rounded"])
+def test_streaming_reads_and_copies_types(tmp_path, stored):
+    "Calibration in a stream computes with what transformers loads; the result holds what the source holds"
+    model = source_of("deepseek_v3", tmp_path / "source")
+    if stored == "rounded":
+        model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    read = open_checkpoint(tmp_path / "source", CONFIG)
+    load_tensors(read.model, read.tensors)
+    expected = loaded(tmp_path / "source", dtype="auto")
+    assert types(read.model) == types(expected)
+    assert_same(read.model.state_dict(), expected.state_dict())
+    compress_checkpoint(tmp_path / "source", tmp_path / "compressed", CONFIG)
+    export_to_hf_format(tmp_path / "compressed", None, tmp_path / "exported")
+    source, exported = (open_source(tmp_path / name) for name in ("source", "exported"))
+    for key in source:
+        assert source[key].dtype == exported[key].dtype, key
+        assert "experts." in key or torch.equal(source[key][...], exported[key][...]), key
 
 
 @torch.no_grad()
