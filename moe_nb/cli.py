@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -62,10 +63,8 @@ def version_line() -> str:
     "What `moe-nb --version` prints: the versions that a report of a fault needs."
     from importlib.metadata import version
 
-    import moe_nb
-
     others = [f"{name} {version(name)}" for name in ("torch", "transformers")]
-    return ", ".join([f"moe_nb {moe_nb.__version__}", *others])
+    return ", ".join([f"moe_nb {import_module('moe_nb').__version__}", *others])
 
 # %% ../nbs/65_cli.ipynb #b7e84aa8
 def config_values(
@@ -196,7 +195,7 @@ def parse(
     """
     parser = flags_parser(name, *classes)
     argv = with_config(argv)
-    known = [flag for action in parser._actions for flag in action.option_strings]
+    known = [option for action in parser._actions for option in action.option_strings]
     check_flags(argv, known)
     _, rest = parser.parse_known_args(argv)
     if rest:
@@ -368,9 +367,7 @@ def run_command(name: str, argv: list[str]) -> None:
     if not {"-h", "--help"} & set(argv):
         check_inputs(argv)
 
-    import moe_nb
-
-    moe_nb._complete()
+    import_module("moe_nb")._complete()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
