@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .experts import ExpertWeights, find_experts, gated, read_experts, routing
 from .shared_core import pairs_by_expert
-from .text import batches, read_texts, token_sequences  # noqa: F401  they were here once, and are imported from here
+from .text import batches, read_texts, token_sequences  # noqa: F401  moved from here
 
 # %% ../nbs/20_calibrate.ipynb #10a95adb
 _SUMS = ("inputs", "slopes", "hidden", "weight", "tokens")
