@@ -19,6 +19,11 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "T
 COMPRESS = ["compress", "--model", str(tiny_path()), "--ratio", "0.25", "--calibration", "none"]
 
 
+def heed_interrupts():
+    "A process in the background of a shell ignores Ctrl-C, and what it starts would too"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(*words, python=()):
     "Start `moe-nb` with these words"
     return subprocess.Popen(
@@ -27,6 +32,7 @@ def start(*words, python=()):
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        preexec_fn=heed_interrupts,
     )
 
 
