@@ -274,14 +274,14 @@ def hub_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stored_dtypes(
-    model: nn.Module,  # Plain
+    names: dict[str, str],  # Stored name -> name in the plain model, of `runtime_names`
     tensors: dict,  # Of `stored_tensors`
     modules: Iterable[str],  # Experts modules that are compressed
 ) -> dict[str, torch.dtype]:
     "Name of a parameter or buffer outside the compressed experts -> data type in which the directory stores it."
     of_experts = tuple(f"{name}." for name in modules)
     dtypes = {}
-    for stored, runtime in runtime_names(model, tensors).items():
+    for stored, runtime in names.items():
         if not runtime.startswith(of_experts):
             dtypes[runtime] = tensors[stored].dtype
     return dtypes
@@ -301,7 +301,7 @@ def export_layout(
     own = settle_ties(model, tensors, placed)
     extra |= {name: tensors.pop(name) for name in placed if name not in own}
     if dtype is None:
-        set_dtypes(model, stored_dtypes(model, tensors, modules))
+        set_dtypes(model, stored_dtypes(own, tensors, modules))
     state = hub_state(model)
     for name in extra:
         state[name] = torch.empty(extra[name].shape, dtype=extra[name].dtype, device="meta")

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .calibrate import evaluation_mode
+from .checkpoint import verify_file
 from .config import check_least, check_positive
 from .distill_loss import SparseTargets, check_head, chunk_tokens, logits, output_head
 from .files import atomic_directory, replace_tensors, replace_text
@@ -264,13 +265,7 @@ def shard_places(
 ) -> dict[bytes, Place]:
     "Key -> place of the sequences of one shard, which has to have its size."
     file = path / name
-    if not file.is_file():
-        raise ValueError(f"{file} is missing; copy the directory again")
-    size = file.stat().st_size
-    if size != entry["bytes"]:
-        raise ValueError(
-            f"{file}: expected {entry['bytes']} bytes, found {size}; the copy is incomplete"
-        )
+    verify_file(file, dict(size=entry["bytes"]), hashes=False)
     with safe_open(file, "np") as opened:
         keys = opened.get_tensor("keys")
         stops = opened.get_tensor("tokens").cumsum().tolist()
