@@ -23,6 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from transformers import AutoConfig
 
+from .config import versions
 from .experts import layer_folders
 from .files import atomic_directory, sha256, write_tensors
 from moe_nb.hf_format import (
@@ -55,7 +56,6 @@ from moe_nb.sources import (
     model_folder,
     read_index,
 )
-from .statistics import versions
 
 # %% ../nbs/31_checkpoint.ipynb #9d04f86e
 EXTRA = "extra_weights"  # Files of tensors without a place in the model: passed through, not loaded

@@ -21,7 +21,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
 
 from moe_nb.command import (
@@ -49,7 +48,6 @@ def run_command(name: str, argv: list[str]) -> None:
     if not {"-h", "--help"} & set(argv):
         check_inputs(argv)
 
-    import_module("moe_nb")._complete()
     from transformers.utils import logging
 
     logging.disable_progress_bar()

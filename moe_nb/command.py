@@ -21,9 +21,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+
+from .config import versions
 
 # %% ../nbs/65_command.ipynb #d5f997a4
 COMMANDS: dict[str, Callable] = {}  # Name -> function of the flags, in the order of the help
@@ -50,10 +51,7 @@ def usage() -> str:
 
 def version_line() -> str:
     "What `moe-nb --version` prints: the versions that a report of a fault needs."
-    from importlib.metadata import version
-
-    others = [f"{name} {version(name)}" for name in ("torch", "transformers")]
-    return ", ".join([f"moe_nb {import_module('moe_nb').__version__}", *others])
+    return ", ".join(" ".join(pair) for pair in versions("torch", "transformers").items())
 
 # %% ../nbs/65_command.ipynb #b7e84aa8
 def config_values(

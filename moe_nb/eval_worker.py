@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .checkpoint import is_compressed
+from .config import versions
 from .eval_queue import Candidate, EvaluationConfig, SettingsError, candidate
 from moe_nb.evaluate import (
     check_tasks,
@@ -40,7 +41,6 @@ from moe_nb.evaluate import (
 )
 from .export import EXPORT_RECORD, export_to_hf_format
 from .files import read_json, replace_text
-from .statistics import versions
 from .text import document_text, named_texts
 
 # %% ../nbs/52_eval_worker.ipynb #bff56eca

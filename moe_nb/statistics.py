@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['active_parameters', 'stored_parameters', 'layer_statistics', 'CompressionStatistics', 'before_and_after', 'summarize',
-           'versions', 'compression_record', 'stored_statistics', 'sample', 'samples_digest', 'fingerprint']
+           'compression_record', 'stored_statistics', 'sample', 'samples_digest', 'fingerprint']
 
 # %% ../nbs/26_statistics.ipynb #im475510
 import hashlib
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
 from torch import nn
 
+from .config import versions
 from .layer import CompressionConfig
 from .shared_core import SharedCore, SharedCoreExperts, compressed_experts
 
@@ -130,12 +129,6 @@ def summarize(
     )
 
 # %% ../nbs/26_statistics.ipynb #8c32391c
-def versions(*packages: str) -> dict[str, str]:
-    "Version of moe_nb and of these packages."
-    own = sys.modules["moe_nb"].__version__  # there since before this module was
-    return {"moe_nb": own} | {package: version(package) for package in packages}
-
-
 def compression_record(
     model: nn.Module,
     config: CompressionConfig,

@@ -39,6 +39,7 @@ from moe_nb.checkpoint import (
     write_records,
     write_shards,
 )
+from .config import versions
 from .experts import experts_per_token, find_experts, layer_folders, read_experts
 from moe_nb.files import (
     begin_job,
@@ -110,7 +111,6 @@ from moe_nb.statistics import (
     stored_parameters,
     stored_statistics,
     summarize,
-    versions,
 )
 from .text import calibration_sequences, check_token_ids
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .calibrate import evaluation_mode
 from .checkpoint import verify_file
 from .config import check_least, check_positive
-from .distill_loss import SparseTargets, check_head, chunk_tokens, logits, output_head
+from .distill_loss import SparseTargets, check_logits, chunk_tokens, logits, output_head
 from .files import atomic_directory, replace_tensors, replace_text
 from .statistics import fingerprint
 from .text import batches
@@ -428,7 +428,7 @@ def capture_targets(
     targets = targets_to_extend(Path(path), settings)
     missing = [ids_L for key, ids_L in unique.items() if key not in targets.places]
     with evaluation_mode(teacher):
-        check_head(teacher)
+        check_logits(teacher)
         shards = capture_missing(teacher, missing, targets, batch, shard_tokens)
     return Captured(
         sequences=len(missing),

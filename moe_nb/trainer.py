@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from .distill_loss import OutputHead, check_head, distillation_loss, output_head
+from .distill_loss import OutputHead, check_logits, distillation_loss, output_head
 from .resume import CompleteTrainer, checkpoints
 
 # %% ../nbs/43_trainer.ipynb #7dce133f
@@ -222,9 +222,9 @@ class DistillationTrainer(CompleteTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.teacher = None if teacher is None else self._placed(teacher)
-        check_head(self.model)
+        check_logits(self.model)
         if self.teacher is not None:
-            check_head(self.teacher)
+            check_logits(self.teacher)
         self._restart_sums()
 
     def _placed(self, teacher):

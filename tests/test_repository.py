@@ -342,6 +342,17 @@ def test_module_imports(path):
     importlib.import_module(f"moe_nb.{path.stem}")
 
 
+def named_module(node):
+    "The module that a call of `import_module` or a place in `sys.modules` names by a string; else None"
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        given = node.args[0]
+    elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "sys.modules":
+        given = node.slice
+    else:
+        return None
+    return given.value if isinstance(given, ast.Constant) else None
+
+
 def imported_by(tree):
     "Module -> names, for every import anywhere in a syntax tree; those of the package begin with a dot"
     for node in ast.walk(tree):
@@ -352,6 +363,8 @@ def imported_by(tree):
             module = "." * node.level + (node.module or "")
             names = [alias.name for alias in node.names]
             yield re.sub(r"^moe_nb\b", "", module) or ".", names
+        elif name := named_module(node):
+            yield re.sub(r"^moe_nb\b", "", name) or ".", []
 
 
 def tree_of(path):
@@ -454,7 +467,8 @@ def test_imports_are_found():
     def used(source):
         return sorted(module for module, _ in imported_by(ast.parse(source)))
 
-    for whole in ("import moe_nb", "from moe_nb import fit", "from . import fit"):
+    by_string = ("importlib.import_module('moe_nb').a", "sys.modules['moe_nb'].a")
+    for whole in ("import moe_nb", "from moe_nb import fit", "from . import fit", *by_string):
         assert used(whole) == ["."]
     for room in ("import moe_nb.fit", "from moe_nb.fit import a", "from .fit import a"):
         assert used(room) == [".fit"]
