@@ -475,6 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'moe_nb.files.link_or_copy': ('files.html#link_or_copy', 'moe_nb/files.py'),
                               'moe_nb.files.lock_file': ('files.html#lock_file', 'moe_nb/files.py'),
                               'moe_nb.files.mend_lines': ('files.html#mend_lines', 'moe_nb/files.py'),
+                              'moe_nb.files.old_copies': ('files.html#old_copies', 'moe_nb/files.py'),
                               'moe_nb.files.own_files': ('files.html#own_files', 'moe_nb/files.py'),
                               'moe_nb.files.plain_modes': ('files.html#plain_modes', 'moe_nb/files.py'),
                               'moe_nb.files.processes': ('files.html#processes', 'moe_nb/files.py'),

@@ -523,10 +523,11 @@ class EvaluateArguments:
 OF_THIS_RUN = ("model", "tasks", "output", "overwrite", "json", "device_map")  # Change no score
 
 
-def repeat_command(arguments: EvaluateArguments) -> str:
+def repeat_command(arguments: EvaluateArguments, source: SourceArguments) -> str:
     """The command that gives the same scores, in the directory of the model.
 
-    >>> repeat_command(EvaluateArguments(model="models/a", tasks=["arc_easy"], limit=20, device_map="cpu"))
+    >>> arguments = EvaluateArguments(model="models/a", tasks=["arc_easy"], limit=20, device_map="cpu")
+    >>> repeat_command(arguments, SourceArguments())
     'moe-nb evaluate --model . --tasks arc_easy --limit 20'
     """
     parts = ["moe-nb evaluate --model . --tasks", *arguments.tasks]
@@ -537,10 +538,16 @@ def repeat_command(arguments: EvaluateArguments) -> str:
         if field.name == "include_path":
             value = Path(value).name
         parts.append(f"--{field.name} {value}")
+    if source.trust_remote_code:
+        parts.append("--trust_remote_code yes")
     return " ".join(parts)
 
 # %% ../nbs/66_cli.ipynb #bdb5af45
-def record_on_card(arguments: EvaluateArguments, results: dict) -> None:
+def record_on_card(
+    arguments: EvaluateArguments,
+    source: SourceArguments,
+    results: dict,  # Task -> its scores
+) -> None:
     "Put `results` on the model card of a directory of ours; a card that can not be written is only a warning."
     from moe_nb.checkpoint import METADATA
     from moe_nb.evaluate import record_scores
@@ -550,7 +557,7 @@ def record_on_card(arguments: EvaluateArguments, results: dict) -> None:
     if not any((folder / marker).is_file() for marker in (METADATA, EXPORT_RECORD)):
         return
     try:
-        record_scores(arguments.model, results, repeat_command(arguments))
+        record_scores(arguments.model, results, repeat_command(arguments, source))
     except OSError as error:
         print(f"the model card was not updated: {error}", file=sys.stderr)
 
@@ -592,7 +599,7 @@ def evaluate(argv: list[str]) -> None:
     print(text if arguments.json else pd.DataFrame(results).T.to_string(), flush=True)
     if output:
         replace_text(output, text)
-    record_on_card(arguments, results)
+    record_on_card(arguments, source, results)
 
 # %% ../nbs/66_cli.ipynb #a51c0de2
 @dataclass(frozen=True, kw_only=True)

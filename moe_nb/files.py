@@ -6,10 +6,10 @@
 __all__ = ['SHARED_FILES', 'MARK', 'JOB', 'sync', 'whole_file', 'replace_text', 'replace_json', 'read_json', 'write_tensors',
            'replace_tensors', 'read_tensors', 'sha256', 'file_identity', 'append_line', 'read_lines', 'mend_lines',
            'resolved_output', 'check_writable', 'check_result_file', 'lock_file', 'sole_holder', 'sibling',
-           'sole_writer', 'check_output', 'own_files', 'link_or_copy', 'keep_foreign', 'recover_old', 'plain_modes',
-           'install_directory', 'remove_leftovers', 'atomic_directory', 'discard', 'work_folder', 'differences',
-           'read_job', 'job_text', 'start_job', 'begin_job', 'complete_job', 'is_finished', 'check_unfinished',
-           'entry_path', 'spans_checksum', 'finish_piece', 'finished_piece', 'processes', 'share']
+           'sole_writer', 'check_output', 'own_files', 'link_or_copy', 'keep_foreign', 'old_copies', 'recover_old',
+           'plain_modes', 'install_directory', 'remove_leftovers', 'atomic_directory', 'discard', 'work_folder',
+           'differences', 'read_job', 'job_text', 'start_job', 'begin_job', 'complete_job', 'is_finished',
+           'check_unfinished', 'entry_path', 'spans_checksum', 'finish_piece', 'finished_piece', 'processes', 'share']
 
 # %% ../nbs/02_files.ipynb #695f91d3
 import fcntl
@@ -332,9 +332,16 @@ def keep_foreign(
             link_or_copy(path, new / place)
 
 # %% ../nbs/02_files.ipynb #9ed24301
+def old_copies(path: Path) -> list[Path]:
+    "Hidden neighbours of `path` under which it lies while something takes its place."
+    return list(path.parent.glob(f".{glob.escape(path.name)}.old*"))
+
+
 def recover_old(path: Path, marker: str) -> None:
-    "Undo a replacement of `path` that was killed between its two renames; remove what was replaced."
-    for old in path.parent.glob(f".{glob.escape(path.name)}.old*"):
+    """Undo a replacement of `path` that was killed between its two renames; remove what was replaced.
+
+    Only the sole writer of `path` may."""
+    for old in old_copies(path):
         if not (old / marker).is_file():
             continue  # not ours
         if path.exists():
@@ -502,7 +509,9 @@ def is_finished(
     overwrite: bool,  # Whether a result of another job may be replaced
 ) -> bool:
     "Whether `output` is the finished result of this very `job`; `FileExistsError` where it is that of another one."
-    recover_old(output, marker)
+    if not output.exists() and any(old_copies(output)):
+        with sole_writer(output):  # a replacement that another process is at is none of ours
+            recover_old(output, marker)
     check_output(output, marker)
     if overwrite or not (output / marker).is_file():
         return False

@@ -27,6 +27,7 @@ from moe_nb.calibrate import (
     Moments,
     add_moments,
     check_reached,
+    check_sensitivity,
     likeliest_prior,
     squared_gradient,
     watched,
@@ -443,6 +444,7 @@ def layerwise_moments(
         if said:
             means = [total / count for total, count in zip(squares[name], passage.tokens)]
             said["sensitivity"] = mean_sensitivity(means, said["tokens"])
+            check_sensitivity(name, said["sensitivity"])
     return found
 
 # %% ../nbs/34_layerwise.ipynb #9c5f8024
