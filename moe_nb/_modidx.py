@@ -576,6 +576,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'moe_nb.hf_names.grouped': ('hf_names.html#grouped', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.ignored_patterns': ('hf_names.html#ignored_patterns', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.is_packed': ('hf_names.html#is_packed', 'moe_nb/hf_names.py'),
+                                 'moe_nb.hf_names.main_dtype': ('hf_names.html#main_dtype', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.model_class': ('hf_names.html#model_class', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.packed_parameters': ('hf_names.html#packed_parameters', 'moe_nb/hf_names.py'),
                                  'moe_nb.hf_names.planned_dtypes': ('hf_names.html#planned_dtypes', 'moe_nb/hf_names.py'),

@@ -38,6 +38,7 @@ from moe_nb.hf_names import (
     PrefixedDataset,
     add_hook_to_module,
     drop_quantization,
+    main_dtype,
     model_class,
     remove_hook_from_module,
     remove_tied_weights_from_state_dict,
@@ -142,7 +143,7 @@ def write_model_config(
     "`config.json` of `model` with `config` in it, and its generation config, into `folder`."
     model_config = copy.deepcopy(model.config)
     drop_quantization(model_config)
-    model_config.dtype = str(model.dtype).removeprefix("torch.")
+    model_config.dtype = str(main_dtype(model)).removeprefix("torch.")
     model_config.architectures = [type(model).__name__]
     model_config.quantization_config = config
     drop_lost_code(model_config, folder)

@@ -49,6 +49,7 @@ from .hf_format import empty_experts
 from moe_nb.hf_names import (
     bare_model,
     drop_quantization,
+    main_dtype,
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
     saving_conversions,
@@ -475,6 +476,8 @@ def finish_export(
     # in a folder of their own first: save_pretrained removes shards that it did not write
     configs = folder.parent / "records"
     layout.model.save_pretrained(configs, state_dict={})
+    layout.model.config.dtype = main_dtype(layout.model)
+    layout.model.config.save_pretrained(configs)
     for file in configs.iterdir():
         file.replace(folder / file.name)
     if len(layout.shapes) > 1:

@@ -24,7 +24,7 @@ from .calibrate import check_head
 from .checkpoint import INDEXES
 from .experts import read_experts
 from .fit import directions_to_find, fit_operations, make_group
-from .hf_names import bare_model
+from .hf_names import bare_model, main_dtype
 from moe_nb.layer import (
     CompressionConfig,
     check_work,
@@ -124,9 +124,9 @@ def calibration_bytes(
         of_down = min(f, d) * (f + d)
         metrics = 2 * d * d + 5 * f * f
         in_fp32 = 4 * E * (metrics + of_gate_up + of_down)
-        record = 2 * tokens * d * model.dtype.itemsize
+        record = 2 * tokens * d * main_dtype(model).itemsize
         total += 2 * layer_bytes(module) + in_fp32 + record
-    passes = 2 * (len(decoder_layers(model)) + 1) * tokens * d * model.dtype.itemsize
+    passes = 2 * (len(decoder_layers(model)) + 1) * tokens * d * main_dtype(model).itemsize
     return total + passes
 
 # %% ../nbs/36_plan.ipynb #4828a887
@@ -199,7 +199,7 @@ def make_plan(
         )
     total = sum(parameter.numel() for parameter in model.parameters())
     before, after = planned_parameters(experts, config)
-    dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
+    dtype = getattr(torch, config.dtype) if config.dtype else main_dtype(model)
     bytes_out = (total - before + after) * dtype.itemsize
     on_the_way = calibration_bytes(model, experts, calibration_tokens) if calibrated else 0
     work = operations(experts, config, calibrated)

@@ -36,6 +36,7 @@ from moe_nb.hf_names import (
     dequantize_blocks,
     drop_quantization,
     ignored_patterns,
+    main_dtype,
     quantization_method,
     quantization_of,
     rename_source_key,
@@ -278,7 +279,7 @@ def load_tensors(
     Of each parameter that the checkpoint holds in parts, all parts must be there."""
     options = LoadStateDictConfig(
         device_map={"": device},
-        dtype=model.dtype,
+        dtype=main_dtype(model),
         weight_mapping=load_conversions(model),
     )
     used = getattr(model, "_weight_conversions", None)

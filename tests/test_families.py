@@ -13,7 +13,7 @@ from moe_nb.export import export_to_hf_format, lost_tensors
 from moe_nb.layer import CompressionConfig
 from moe_nb.stream import compress_checkpoint
 
-SIX = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "aria", "nemotron_h"]
+SIX = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe", "nemotron_h"]
 
 
 @pytest.mark.parametrize("family", SIX)
