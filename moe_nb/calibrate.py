@@ -133,7 +133,7 @@ def check_sensitivity(name: str, sensitivity: float) -> None:
 # %% ../nbs/20_calibrate.ipynb #9feba493
 def check_head(model: nn.Module) -> None:
     "Raise `ValueError` unless `model` puts out logits of tokens: calibration takes the gradient of their loss."
-    if model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None and not model.can_generate():
         raise ValueError(
             f"{type(model).__name__} has no language-model head, so its loss can not be computed: "
             "compress the model with its head, or compress without calibration"
