@@ -31,13 +31,14 @@ check: $(READY) ## the quick part of the tests: lint, what is written from what,
 	@$(BIN)/ruff check nbs tests .ci && $(BIN)/ruff format --check nbs tests .ci
 	@$(OFFLINE) $(BIN)/python -m pytest -q tests/test_repository.py moe_nb --doctest-modules
 
-test: $(READY) ## run every notebook as a test, then pytest
-	@status=0; \
+test: $(READY) ## run every notebook as a test, and pytest beside them, which says at the end what it found
+	@said=$$(mktemp); status=0; \
+	$(OFFLINE) $(BIN)/python -m pytest -q tests moe_nb --doctest-modules > $$said 2>&1 & tests=$$!; \
+	trap "kill $$tests; exit 1" INT TERM; \
 	$(OFFLINE) $(call LIMIT,1500) $(BIN)/nbdev_test --n_workers 2 --do_print || status=1; \
-	$(OFFLINE) $(BIN)/python -m pytest -q tests moe_nb --doctest-modules || status=1; \
-	exit $$status
+	wait $$tests || status=1; cat $$said; rm $$said; exit $$status
 
-test-slow: $(READY) ## the same with the cells and tests marked slow
+test-slow: $(READY) ## the same with the cells and tests marked slow, one after the other
 	@status=0; \
 	$(OFFLINE) $(call LIMIT,7200) $(BIN)/nbdev_test --n_workers 2 --do_print --flags slow || status=1; \
 	$(OFFLINE) $(BIN)/python -m pytest -q tests moe_nb --doctest-modules -m "slow or not slow" || status=1; \

@@ -351,7 +351,7 @@ def test_trainer_killed_during_publish(run, reference, unharmed, record_property
 
     def publishing():
         "The trainer: it dies when it has linked five files"
-        linked, link = [], resume.link
+        linked, link = [], resume.link_or_copy
 
         def dying(source, target):
             link(source, target)
@@ -359,7 +359,7 @@ def test_trainer_killed_during_publish(run, reference, unharmed, record_property
             if len(linked) == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        resume.link = dying
+        resume.link_or_copy = dying
         publish(run / "checkpoint-6", queue)
 
     evaluator = start(run, config())
@@ -394,6 +394,8 @@ def test_rotation_during_evaluation(run, reference, record_property):
     "rotation with save_total_limit=1 during evaluation"
     process = start(run, marked(run, "gated", use_export=False))
     until((run.parent / "marks" / "waiting").exists)
+    for path in checkpoints(run):
+        (path / resume.MARK).write_text("{}")  # as the Trainer's checkpoints have it
     rotate(run, 1, None)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-6"]
     (run.parent / "marks" / "go").touch()
@@ -534,7 +536,7 @@ def test_disk_full_while_exporting(run, reference, unharmed, record_property):
 
     def prepare():
         limit_files(10**6)
-        async_eval.time = SimpleNamespace(sleep=lift)
+        async_eval.time = SimpleNamespace(sleep=lift, monotonic=time.monotonic)
 
     finish(run, config(), prepare)
     assert "File too large" in log(run) and rows(run)[0]["attempts"] == 2

@@ -120,6 +120,7 @@ def fp8_twins():
             values, scales = fp8_blocks(value)
             stored = {"weight": values, "weight_scale_inv": scales}
             read = Fp8Dequantize(None).convert(stored)["weight"]
+            read = read[0] if isinstance(read, list) else read  # before 5.20
             twins["bf16"][name] = read.bfloat16()
             twins["fp8"] |= {name: values, f"{name}_scale_inv": scales}
     return twins
