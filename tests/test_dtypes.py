@@ -63,9 +63,8 @@ def source_of(model_type, folder):
     for key in kept:
         state[key].copy_(torch.rand(state[key].shape) * 0.2 + (6.9 if "bias" in key else 0))
     model.save_pretrained(folder)
-    model.config.dtype = (
-        torch.bfloat16
-    )  # transformers writes that of the first tensor, which may be kept
+    # transformers writes the type of the first tensor, which may be one of those that are kept
+    model.config.dtype = torch.bfloat16
     model.config.save_pretrained(folder)
     return model
 
@@ -95,9 +94,8 @@ def assert_same(found, expected):
 
 def check(model_type, folder):
     source_of(model_type, folder / "source")
-    source = loaded(
-        folder / "source", dtype="auto"
-    )  # some families set a value anew when they load
+    # as transformers loads it: some families set a value anew then
+    source = loaded(folder / "source", dtype="auto")
     expected = outside(source)
 
     # compressed in a stream, and exported: what the source holds
