@@ -509,7 +509,7 @@ def is_finished(
     overwrite: bool,  # Whether a result of another job may be replaced
 ) -> bool:
     "Whether `output` is the finished result of this very `job`; `FileExistsError` where it is that of another one."
-    if not output.exists() and any(old_copies(output)):
+    if old_copies(output):
         with sole_writer(output):  # a replacement that another process is at is none of ours
             recover_old(output, marker)
     check_output(output, marker)
