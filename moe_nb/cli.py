@@ -136,9 +136,10 @@ def text_sequences(
     column: str,  # Of the data, that holds the text
     tokens: int,  # At most, in all sequences
     length: int = 256,  # Tokens of one sequence
+    seed: int = 0,  # Of the draw
 ) -> list | None:
-    "Token sequences of the text that `--calibration` names, 1-D tensors; None where it names none."
-    from moe_nb.text import named_texts, token_sequences
+    "Token sequences drawn from the text that `--calibration` names, 1-D tensors; None where it names none."
+    from moe_nb.text import drawn_sequences, named_texts
 
     if source in ("none", "self"):
         return None
@@ -148,7 +149,8 @@ def text_sequences(
             "add one, or pass --calibration self or none"
         )
     texts = named_texts(source, column, "calibration")
-    return token_sequences(tokenizer, texts, length=length, limit=max(1, tokens // length))
+    limit = max(1, tokens // length)
+    return drawn_sequences(tokenizer, texts, length=length, limit=limit, seed=seed)
 
 # %% ../nbs/66_cli.ipynb #2b1d6338
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,8 @@ class CompressArguments:
     )
     calibration_column: str = flag("column of the data that holds the text", default="text")
     calibration_tokens: int = flag(
-        "most tokens of it that are used, in sequences of 256", default=131072
+        "most tokens of it that are used, in sequences of 256 drawn from all over it",
+        default=131072,
     )
     device_map: str | None = flag(
         "load the whole model there, as in transformers, in place of working layer by layer; "
@@ -341,7 +344,11 @@ def compress_source(
     reads_text = arguments.calibration not in ("none", "self")
     tokenizer = find_tokenizer(arguments.model) if reads_text else None
     sequences = text_sequences(
-        tokenizer, arguments.calibration, arguments.calibration_column, arguments.calibration_tokens
+        tokenizer,
+        arguments.calibration,
+        arguments.calibration_column,
+        arguments.calibration_tokens,
+        seed=config.seed,
     )
     if arguments.device_map is not None or arguments.calibration == "self":
         return compress_loaded(arguments, config, sequences), None
