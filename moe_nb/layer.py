@@ -16,7 +16,7 @@ from torch import nn
 
 from .align import align_experts
 from .calibrate import Moments
-from .config import check_least, flag
+from .config import check_least, check_positive, flag
 from moe_nb.experts import (
     PROJECTIONS,
     ExpertWeights,
@@ -60,6 +60,10 @@ class CompressionConfig:
         "steps of the descent on each layer's output after the fit, with calibration; 0: none",
         default=200,
     )
+    refine_lr: float = flag(
+        "step size of that descent, relative to the size of each factor: smaller where little is lost",
+        default=0.06,
+    )
     steps: int = flag("steps of the Adam recipe", default=1000)
     lr: float = flag("learning rate of the Adam recipe", default=1e-3)
     dtype: str | None = flag(
@@ -76,6 +80,7 @@ class CompressionConfig:
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio must lie between 0 and 1; got {self.ratio}")
         check_least(self, rank=1, rounds=1, steps=1, rank_multiple=1, align_width=0, refine_steps=0)
+        check_positive(self, "refine_lr")
         if self.method not in ("closed_form", "adam"):
             raise ValueError(f"method must be closed_form or adam; got {self.method!r}")
         unknown = set(self.projections) - set(PROJECTIONS)
@@ -325,7 +330,8 @@ def compressed_layer(
     )
     errors = {}
     if record is not None:
-        fitted, refined = refine_experts(layer, record, steps=config.refine_steps, seed=config.seed)
+        descent = dict(steps=config.refine_steps, lr=config.refine_lr, seed=config.seed)
+        fitted, refined = refine_experts(layer, record, **descent)
         errors["output_error"] = dict(fitted=fitted, refined=refined)
     layer.to(experts.down_proj.dtype)
     of_weights = {}
