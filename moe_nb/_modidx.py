@@ -1044,7 +1044,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'moe_nb.text': { 'moe_nb.text._documents': ('text.html#_documents', 'moe_nb/text.py'),
                              'moe_nb.text.batches': ('text.html#batches', 'moe_nb/text.py'),
                              'moe_nb.text.calibration_sequences': ('text.html#calibration_sequences', 'moe_nb/text.py'),
-                             'moe_nb.text.characters_of': ('text.html#characters_of', 'moe_nb/text.py'),
+                             'moe_nb.text.check_documents': ('text.html#check_documents', 'moe_nb/text.py'),
                              'moe_nb.text.check_max_length': ('text.html#check_max_length', 'moe_nb/text.py'),
                              'moe_nb.text.check_sequence': ('text.html#check_sequence', 'moe_nb/text.py'),
                              'moe_nb.text.check_texts': ('text.html#check_texts', 'moe_nb/text.py'),

@@ -7,7 +7,7 @@ __all__ = ['TEXT_FILES', 'TABLES', 'KINDS_OF_TEXT', 'MESSAGES', 'READ', 'CUT', '
            'json_rows', 'csv_rows', 'parquet_rows', 'file_rows', 'is_conversation', 'document_in', 'documents_in',
            'text_files', 'saved_rows', 'is_saved', 'text_path', 'check_texts', 'hub_rows', 'read_texts', 'some_texts',
            'named_texts', 'chosen_text', 'without_nulls', 'conversation_text', 'document_text', 'token_ids',
-           'document_tokens', 'token_sequences', 'characters_of', 'drawn_sequences', 'check_max_length',
+           'document_tokens', 'check_documents', 'token_sequences', 'drawn_sequences', 'check_max_length',
            'check_token_ids', 'check_sequence', 'batches', 'calibration_sequences', 'self_sequences']
 
 # %% ../nbs/03_text.ipynb #197103b1
@@ -381,6 +381,12 @@ def document_tokens(tokenizer, texts: Iterable[str | list[dict]]) -> Iterator[in
         yield from token_ids(tokenizer, document)
 
 # %% ../nbs/03_text.ipynb #059b178a
+def check_documents(texts) -> None:
+    "Raise `ValueError` where `texts` is one text: its documents would be its letters."
+    if isinstance(texts, str):
+        raise ValueError("texts: expected a list of documents, found one text; pass [text]")
+
+
 def token_sequences(
     tokenizer,  # Of the model
     texts: Iterable[str | list[dict]],  # Documents: texts or conversations
@@ -389,8 +395,7 @@ def token_sequences(
     limit: int | None = None,  # Most sequences
 ) -> list[torch.Tensor]:
     "1-D token-id tensors of `length` tokens from `texts`; the incomplete rest is dropped."
-    if isinstance(texts, str):
-        raise ValueError("texts: expected a list of documents, found one text; pass [text]")
+    check_documents(texts)
     most = None if limit is None else limit * length
     stream = list(islice(document_tokens(tokenizer, texts), most))
     whole = len(stream) // length * length
@@ -406,11 +411,6 @@ READ = 2**26  # Characters that documents are drawn from
 CUT = 16  # Times as many sequences are cut as are drawn
 
 
-def characters_of(document: str | list[dict]) -> int:
-    "How long a document is; of a conversation as it is printed."
-    return len(document) if isinstance(document, str) else len(str(document))
-
-
 def drawn_sequences(
     tokenizer,  # Of the model
     texts: Iterable[str | list[dict]],  # As for `token_sequences`
@@ -421,10 +421,11 @@ def drawn_sequences(
     read: int = READ,  # Characters
 ) -> list[torch.Tensor]:
     "`limit` of the `token_sequences` of `texts`, or all where there are fewer: drawn at random, in random order."
+    check_documents(texts)
     documents, characters = [], 0
     for document in texts:
         documents.append(document)
-        characters += characters_of(document)
+        characters += len(str(document))  # of a conversation as it is printed
         if characters >= read:
             break
     generator = torch.Generator().manual_seed(seed)
