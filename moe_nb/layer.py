@@ -61,8 +61,7 @@ class CompressionConfig:
         default=200,
     )
     refine_lr: float = flag(
-        "step size of that descent, relative to the size of each factor: smaller where little is lost",
-        default=0.06,
+        "step size of that descent, relative to the root mean square of each factor", default=0.06
     )
     steps: int = flag("steps of the Adam recipe", default=1000)
     lr: float = flag("learning rate of the Adam recipe", default=1e-3)
@@ -70,7 +69,10 @@ class CompressionConfig:
         "data type of the compressed model: float32, bfloat16 or float16; default that of the source",
         default=None,
     )
-    seed: int = flag("seed of the minibatches of the refinement, and of the Adam recipe", default=0)
+    seed: int = flag(
+        "seed of the calibration text that is drawn, of the minibatches of the refinement, and of the Adam recipe",
+        default=0,
+    )
 
     def __post_init__(self):
         if (self.ratio is None) == (self.rank is None):
