@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['SAMPLE_EVERY', 'Refine', 'Forms', 'SHARES', 'BASELINES', 'default_experts', 'MethodStatistics', 'add_tokens',
            'gathered_gradients', 'gather', 'uniform_units', 'expert_matrices', 'down_turned', 'LowRank', 'Chosen',
-           'Shared', 'Turned', 'FormedExperts', 'Refinement', 'rerouted', 'replace_experts', 'low_rank_units', 'Cored',
-           'adam_recipe', 'svd', 'whitened_low_rank', 'whitened_svd', 'groups_without_core', 'tied_svd', 'fisher_mean',
-           'd2_moe', 'mobe_start', 'Mixture', 'fit_mobe', 'mobe_sizes', 'mobe', 'latent_projection', 'latent_basis',
-           'camera_p', 'clusters_of', 'merge_experts', 'whole_experts', 'hc_smoe', 'find_router', 'keep_experts',
-           'reap']
+           'Shared', 'Turned', 'FormedExperts', 'Refinement', 'rerouted', 'replace_layer', 'replace_experts',
+           'low_rank_units', 'Cored', 'adam_recipe', 'svd', 'whitened_low_rank', 'whitened_svd', 'groups_without_core',
+           'tied_svd', 'fisher_mean', 'd2_moe', 'mobe_start', 'Mixture', 'fit_mobe', 'mobe_sizes', 'mobe',
+           'latent_projection', 'Latent', 'grouped_projection', 'latent_basis', 'Tucker', 'along', 'leading', 'tucker',
+           'tucker_ranks', 'td_moe', 'neuron_use', 'camera_p', 'clusters_of', 'merge_experts', 'whole_experts',
+           'hc_smoe', 'find_router', 'keep_experts', 'reap']
 
 # %% ../nbs/28_baselines.ipynb #82d4fd44
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
@@ -35,6 +37,7 @@ from .fit import Group, allocate, check_budget, find_directions, make_group, pac
 from .fit_rank import Sizes, fit_adam
 from .refine import LayerRecord, record_layers, refine_experts
 from .shared_core import SharedCore, SharedCoreExperts, pairs_by_expert
+from .text import batches
 
 # %% ../nbs/28_baselines.ipynb #1f0c1622
 def default_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -216,7 +219,7 @@ class LowRank(nn.Module):
     def __init__(
         self,
         left_Eor: torch.Tensor,
-        right_Eri: torch.Tensor,  # Or one `[r, i]` for all
+        right_Eri: torch.Tensor,
         base_oi: torch.Tensor | None = None,
     ):
         super().__init__()
@@ -345,21 +348,32 @@ Refine = Callable[[nn.Module, str, dict[str, nn.Module]], object] | None
 Forms = dict[tuple[str, str], nn.Module | torch.Tensor]
 
 
+def replace_layer(
+    model: nn.Module,  # Changed in place
+    name: str,  # Of the experts module
+    forms: Forms,
+    refine: Refine = None,
+) -> None:
+    "Write what the forms of one layer give, after their refinement, into its experts."
+    own = {}
+    for projection in PROJECTIONS:
+        form = forms[name, projection]
+        own[projection] = form if isinstance(form, nn.Module) else Chosen(form)
+    if refine is not None:
+        refine(model, name, own)
+    with torch.no_grad():
+        weights = {projection: form() for projection, form in own.items()}
+        write_experts(model.get_submodule(name), weights)
+
+
 def replace_experts(
     model: nn.Module,  # Changed in place
     forms: Forms,
     refine: Refine = None,
 ) -> None:
     "Write what `forms` give, after their refinement, into the experts of `model`."
-    for name, module in default_experts(model).items():
-        own = {}
-        for projection in PROJECTIONS:
-            form = forms[name, projection]
-            own[projection] = form if isinstance(form, nn.Module) else Chosen(form)
-        if refine is not None:
-            refine(model, name, own)
-        with torch.no_grad():
-            write_experts(module, {projection: form() for projection, form in own.items()})
+    for name in default_experts(model):
+        replace_layer(model, name, forms, refine)
 
 # %% ../nbs/28_baselines.ipynb #61d49e40
 def low_rank_units(
@@ -455,7 +469,10 @@ def whitened_svd(
     seed: int = 0,  # Not used
     refine: Refine = None,
 ) -> int:
-    "SVD-LLM (Wang et al., ICLR 2025, arXiv 2403.07378) for every expert: truncated SVD, whitened by its inputs."
+    """Truncated SVD of every expert, whitened by its inputs: SVD-LLM (Wang et al., ICLR 2025, arXiv 2403.07378).
+
+    `whitening` in `SVDLLM.py` of the authors' code; theirs takes a Cholesky factor of the moments, with the same
+    result. Its second stage, layer by layer, is left out."""
     matrices, forms = expert_matrices(model), {}
     ranks, stored = low_rank_units(matrices, ratio)
     for (name, projection), rank in ranks.items():
@@ -527,7 +544,10 @@ def d2_moe(
     seed: int = 0,  # Not used
     refine: Refine = None,
 ) -> int:
-    "D2-MoE (Gu et al., ICML 2025, arXiv 2502.17298), without pruning of the base."
+    """Mean of the experts and a low-rank rest for each: D2-MoE (Gu et al., ICML 2025, arXiv 2502.17298).
+
+    `svd_delta` and `merge_experts` in `model/merge_mixtral.py` of the authors' code, Fisher information times token
+    counts. Ranks use up the budget (theirs is one rank everywhere); the base is not pruned."""
     matrices, forms = expert_matrices(model), {}
     ranks, stored = low_rank_units(matrices, ratio, bases=1)
     for (name, projection), rank in ranks.items():
@@ -655,7 +675,8 @@ def mobe(
 ) -> int:
     """Mixture of basis experts: MoBE (Chen et al., ICLR 2026, arXiv 2508.05257), for down as well.
 
-    Fitted by `steps` steps of Adam; the authors' default is 30000."""
+    `MoBE` in `train.py` of the authors' code, which leaves down alone. Fitted by `steps` steps of Adam (their default
+    is 30000); rank and number of bases are chosen by trial fits."""
     X = down_turned(expert_matrices(model))
     same_shape = {}
     for key, X_Efd in X.items():
@@ -692,6 +713,43 @@ def latent_projection(
     return Y_Efd @ basis_dk, back_kd
 
 # %% ../nbs/28_baselines.ipynb #48c599d0
+class Latent(nn.Module):
+    "A matrix of each expert times the basis of its group: `[E, f, d]`."
+
+    def __init__(
+        self,
+        left_Efk: torch.Tensor,
+        basis_nkd: torch.Tensor,
+        group_E: torch.Tensor,  # Of the n, for each expert
+    ):
+        super().__init__()
+        self.left_Efk, self.basis_nkd = nn.Parameter(left_Efk), nn.Parameter(basis_nkd)
+        self.group_E = group_E
+
+    def forward(self) -> torch.Tensor:
+        return self.left_Efk @ self.basis_nkd[self.group_E]
+
+
+def grouped_projection(
+    X_Efd: torch.Tensor,  # Weights, down transposed
+    k: int,  # Directions of each basis
+    groups: int,  # Of neighbouring experts
+    wide_Edd: torch.Tensor | None = None,  # Second moments of inputs on the shared side
+    narrow_Eff: torch.Tensor | None = None,  # Second moments of inputs on the side of each expert
+) -> Latent:
+    "`latent_projection` for each group by itself."
+    every_E = torch.arange(len(X_Efd), device=X_Efd.device)
+    left, basis, group_E = [], [], torch.empty_like(every_E)
+    for group, members_n in enumerate(every_E.tensor_split(groups)):
+        group_E[members_n] = group
+        wide_dd = None if wide_Edd is None else wide_Edd[members_n].mean(0)
+        narrow_nff = None if narrow_Eff is None else narrow_Eff[members_n]
+        left_nfk, basis_kd = latent_projection(X_Efd[members_n], k, wide_dd, narrow_nff)
+        left.append(left_nfk)
+        basis.append(basis_kd)
+    return Latent(torch.cat(left), torch.stack(basis), group_E)
+
+
 @torch.no_grad()
 def latent_basis(
     model: nn.Module,  # Changed in place
@@ -699,15 +757,17 @@ def latent_basis(
     statistics: dict[str, MethodStatistics] | None = None,  # None: the error of the weights counts
     seed: int = 0,  # Not used
     refine: Refine = None,
+    groups: int = 1,  # Of neighbouring experts, each with a basis of its own; at most as many as experts
 ) -> int:
-    """One latent basis per layer and projection for all experts: the form of MoLAE (Liu et al., arXiv 2503.23100).
+    """A matrix of each expert times a latent basis, one for all experts of a layer and projection or one per group.
 
-    Theirs has groups of experts and looks at the weights alone; the metric is ours."""
+    With groups and without statistics it is the form of MoLAE (Liu et al. 2025, arXiv 2503.23100), which has no public
+    code; neither one basis for all nor a metric of the data is theirs."""
     X = down_turned(expert_matrices(model))
     price = []
     for X_Efd in X.values():
         E, f, d = X_Efd.shape
-        price.append(E * f + d)
+        price.append(E * f + groups * d)
     sizes, stored = uniform_units(
         ratio,
         original=sum(X_Efd.numel() for X_Efd in X.values()),
@@ -719,16 +779,134 @@ def latent_basis(
     for ((name, projection), X_Efd), k in zip(X.items(), sizes):
         metric = {}
         if statistics is not None:
-            gram_Eii = statistics[name].gram(projection)
-            if projection == "down_proj":
-                metric = dict(narrow_Eff=gram_Eii)
-            else:
-                metric = dict(wide_dd=gram_Eii.mean(0))
-        forms[name, projection] = LowRank(*latent_projection(X_Efd, k, **metric))
+            side = "narrow_Eff" if projection == "down_proj" else "wide_Edd"
+            metric = {side: statistics[name].gram(projection)}
+        forms[name, projection] = grouped_projection(X_Efd, k, groups, **metric)
     replace_experts(model, down_turned(forms), refine)
     return stored
 
+# %% ../nbs/28_baselines.ipynb #3970e962
+class Tucker(nn.Module):
+    "A core times a matrix along each of its three ways: `[E, o, i]`."
+
+    def __init__(
+        self,
+        core_abc: torch.Tensor,
+        expert_Ea: torch.Tensor,
+        output_ob: torch.Tensor,
+        input_ic: torch.Tensor,
+    ):
+        super().__init__()
+        self.core_abc, self.expert_Ea = nn.Parameter(core_abc), nn.Parameter(expert_Ea)
+        self.output_ob, self.input_ic = nn.Parameter(output_ob), nn.Parameter(input_ic)
+
+    def forward(self) -> torch.Tensor:
+        mixture_Ebc = torch.einsum("ea,abc->ebc", self.expert_Ea, self.core_abc)
+        return self.output_ob @ mixture_Ebc @ self.input_ic.T
+
+
+def along(
+    T_xyz: torch.Tensor,  # Three ways of any size
+    way: int,  # Of the tensor, m long
+    matrix_nm: torch.Tensor,
+) -> torch.Tensor:
+    "The tensor with `matrix_nm` applied along `way`, which is n long then."
+    return (T_xyz.movedim(way, -1) @ matrix_nm.T).movedim(-1, way)
+
+
+def leading(
+    T_xyz: torch.Tensor,  # Three ways of any size
+    way: int,  # That stays when the tensor is unfolded
+    rank: int,
+) -> torch.Tensor:
+    "The `rank` leading left singular vectors of the tensor, unfolded along `way`, most important first."
+    unfolded = T_xyz.movedim(way, 0).flatten(1)
+    return torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors[:, -rank:].flip(1)
+
+
+def tucker(
+    T_Eoi: torch.Tensor,  # Weights, whitened
+    ranks: tuple[int, int, int],  # a, b, c
+    rounds: int = 5,  # Of alternating least squares; 0: the truncated higher-order SVD
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    "Core `[a, b, c]` and orthonormal factors `[E, a]`, `[o, b]`, `[i, c]` (De Lathauwer et al. 2000: HOSVD, HOOI)."
+    factors = [leading(T_Eoi, way, rank) for way, rank in enumerate(ranks)]
+    for way in rounds * [0, 1, 2]:
+        projected = T_Eoi
+        for other in {0, 1, 2} - {way}:
+            projected = along(projected, other, factors[other].T)
+        factors[way] = leading(projected, way, ranks[way])
+    core = T_Eoi
+    for way, factor in enumerate(factors):
+        core = along(core, way, factor.T)
+    return core, factors
+
+
+def tucker_ranks(
+    T_Eoi: torch.Tensor,  # Weights, whitened
+    allowed: float,  # Numbers that may be stored
+) -> tuple[int, int, int] | None:
+    "The ranks within `allowed` numbers that keep most of the energy of the higher-order SVD; None where none do."
+    E, o, i = T_Eoi.shape
+    core_Eoi, _ = tucker(T_Eoi, (E, o, i), rounds=0)
+    kept_Eoi = core_Eoi.square().cumsum(0).cumsum(1).cumsum(2)
+    best, most = None, -1.0
+    for a, b in product(range(1, E + 1), range(1, o + 1)):
+        left = allowed - a * E - b * o
+        c = min(i, int(left // (a * b + i)))
+        if c > 0 and kept_Eoi[a - 1, b - 1, c - 1] > most:
+            best, most = (a, b, c), kept_Eoi[a - 1, b - 1, c - 1]
+    return best
+
+# %% ../nbs/28_baselines.ipynb #4b3a2208
+@torch.no_grad()
+def td_moe(
+    model: nn.Module,  # Changed in place
+    ratio: float,  # Stored / original parameters of all experts
+    statistics: dict[str, MethodStatistics],
+    seed: int = 0,  # Not used
+    refine: Refine = None,
+) -> int:
+    """Tucker decomposition of all experts of a projection, whitened by their inputs: TD-MoE (ICLR 2026).
+
+    `src/tucker.py` and `src/rank_allocation.py` of the authors' code (equations 4 and 5). Inputs are whitened by the
+    root of their second moments, outputs are not; ranks are those with the least error, not the first that fit."""
+    matrices, forms, stored = expert_matrices(model), {}, 0
+    for (name, projection), W_Eoi in matrices.items():
+        E, o, i = W_Eoi.shape
+        allowed = ratio * W_Eoi.numel() - 3  # the ranks
+        root_ii = metric_factor(statistics[name].gram(projection).mean(0)[None])[0]
+        whitened_Eoi = W_Eoi @ root_ii
+        ranks = tucker_ranks(whitened_Eoi, allowed)
+        if ranks is None:
+            check_budget(allowed, 1 + E + o + i, W_Eoi.numel())
+        core_abc, (expert_Ea, output_ob, input_ic) = tucker(whitened_Eoi, ranks)
+        unwhitened_ic = torch.linalg.solve_triangular(root_ii.T, input_ic, upper=True)
+        forms[name, projection] = Tucker(core_abc, expert_Ea, output_ob, unwhitened_ic)
+        stored += 3 + sum(value.numel() for value in forms[name, projection].parameters())
+    replace_experts(model, forms, refine)
+    return stored
+
 # %% ../nbs/28_baselines.ipynb #4cb6fa09
+@torch.no_grad()
+def neuron_use(
+    model: nn.Module,  # A transformers MoE
+    name: str,  # Of the experts module
+    calibration: Iterable[torch.Tensor],  # 1-D token-id tensors
+) -> torch.Tensor:
+    "Sum over the tokens of (routing weight times h)^2 in the model as it is, `[E, f]`."
+    experts = model.get_submodule(name)
+    statistics = MethodStatistics.zeros(experts)
+
+    def before(name, module, args):
+        add_tokens(statistics, module, *args[:3])
+
+    with watched({name: experts}, before):
+        for ids_BL in batches(calibration):
+            model(ids_BL.to(model.device), use_cache=False, logits_to_keep=1)
+    return statistics.used
+
+
 @torch.no_grad()
 def camera_p(
     model: nn.Module,  # Changed in place
@@ -736,8 +914,13 @@ def camera_p(
     statistics: dict[str, MethodStatistics],
     seed: int = 0,  # Not used
     refine: Refine = None,
+    calibration: list[torch.Tensor]
+    | None = None,  # Each layer is measured anew, behind the pruned ones
 ) -> int:
-    "Neuron pruning by energy: CAMERA-P (Xu et al., AAAI 2026, arXiv 2508.02322), scores from the original model."
+    """Neuron pruning by energy: CAMERA-P (Xu et al., AAAI 2026, arXiv 2508.02322).
+
+    `qwen3.py` of the authors' code, which measures each layer behind the pruned ones before it: so does this with
+    `calibration`; without it, scores are those of the original model."""
     matrices, forms = expert_matrices(model), {}
     shapes = {name: matrices[name, "down_proj"].shape for name in statistics}
     kept, stored = uniform_units(
@@ -748,14 +931,17 @@ def camera_p(
         most=min(E * f for E, d, f in shapes.values()),
     )
     for (name, (E, d, f)), number in zip(shapes.items(), kept):
-        score_Ef = matrices[name, "down_proj"].square().sum(1) * statistics[name].used
+        used_Ef = statistics[name].used
+        if calibration is not None:
+            used_Ef = neuron_use(model, name, calibration)
+        score_Ef = matrices[name, "down_proj"].square().sum(1) * used_Ef
         kept_Ef = torch.zeros(E * f, dtype=torch.bool, device=score_Ef.device)
         kept_Ef[score_Ef.flatten().topk(number).indices] = True
         kept_Ef = kept_Ef.view(E, f)
         for projection in PROJECTIONS:
             mask = kept_Ef[:, None] if projection == "down_proj" else kept_Ef[:, :, None]
             forms[name, projection] = Chosen(matrices[name, projection], mask)
-    replace_experts(model, forms, refine)
+        replace_layer(model, name, forms, refine)
     return stored
 
 # %% ../nbs/28_baselines.ipynb #89984c4f
@@ -805,7 +991,10 @@ def hc_smoe(
     seed: int = 0,  # Not used
     refine: Refine = None,
 ) -> int:
-    "Merge experts of similar outputs: HC-SMoE (Chen et al., ICML 2025, arXiv 2410.08589)."
+    """Merge experts of similar outputs: HC-SMoE (Chen et al., ICML 2025, arXiv 2410.08589).
+
+    `hierarchical_clustering` in `hcsmoe/merging/clustering.py` of the authors' code, by scipy, and the mean by use of
+    `grouping_qwen.py`; outputs are averaged over every eighth token."""
     kept, stored = whole_experts(model, ratio, integers=1)
     matrices, forms = expert_matrices(model), {}
     for name, number in kept.items():
@@ -868,7 +1057,7 @@ def reap(
 ) -> int:
     """Router-weighted expert activation pruning: REAP (Lasby et al., ICLR 2026, arXiv 2510.13999).
 
-    With the sum it is `weighted_ean_sum` of the authors' code."""
+    `reap.pruning_metrics` of the authors' code; with the sum over tokens it is their `weighted_ean_sum`."""
     top_k = max(values.top_k for values in statistics.values())
     kept, stored = whole_experts(model, ratio, integers=0, least=top_k)
     for name, number in kept.items():
@@ -887,6 +1076,7 @@ BASELINES: dict[str, Callable] = {
     "D2-MoE": d2_moe,
     "MoBE": mobe,
     "latent basis": latent_basis,
+    "TD-MoE": td_moe,
     "CAMERA-P": camera_p,
     "HC-SMoE": hc_smoe,
     "REAP": reap,
