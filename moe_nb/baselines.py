@@ -310,7 +310,7 @@ class Refinement:
     "The descent for the forms of any method; `replace_experts` calls it for one layer after the other."
 
     records: dict[str, LayerRecord]  # Experts module -> what `record_layers` gives, of the original
-    lr: float = 0.06  # Relative to the root mean square of each tensor
+    lr: float | None = None  # Of the descent; None: chosen for each layer
     steps: int = 200  # As the other values: those of `refine_experts`
     seed: int = 0
 

@@ -60,8 +60,10 @@ class CompressionConfig:
         "steps of the descent on each layer's output after the fit, with calibration; 0: none",
         default=200,
     )
-    refine_lr: float = flag(
-        "step size of that descent, relative to the root mean square of each factor", default=0.06
+    refine_lr: float | None = flag(
+        "step size of that descent, relative to the root mean square of each factor; "
+        "default: the best of three for each layer, by a short trial",
+        default=None,
     )
     steps: int = flag("steps of the Adam recipe", default=1000)
     lr: float = flag("learning rate of the Adam recipe", default=1e-3)
@@ -82,7 +84,8 @@ class CompressionConfig:
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio must lie between 0 and 1; got {self.ratio}")
         check_least(self, rank=1, rounds=1, steps=1, rank_multiple=1, align_width=0, refine_steps=0)
-        check_positive(self, "refine_lr")
+        if self.refine_lr is not None:
+            check_positive(self, "refine_lr")
         if self.method not in ("closed_form", "adam"):
             raise ValueError(f"method must be closed_form or adam; got {self.method!r}")
         unknown = set(self.projections) - set(PROJECTIONS)
