@@ -90,6 +90,11 @@ def window_perplexity(
     batch_size: int = 16,  # Windows at a time; the result does not depend on it
 ) -> float:
     "exp of the mean negative log-likelihood of all tokens but the first of each window, summed in float64."
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    scored = sum(len(window) - 1 for window in windows)
+    if not scored:
+        raise ValueError("windows hold no token to score: expected at least two tokens in one")
     windows = sorted(windows, key=len, reverse=True)  # similar lengths side by side: little padding
     total = 0.0
     with evaluation_mode(model):
@@ -101,7 +106,7 @@ def window_perplexity(
                     "its logits overflow or are NaN"
                 )
             total += nll_S.sum().item()
-    mean = total / sum(len(window) - 1 for window in windows)
+    mean = total / scored
     return math.exp(mean) if mean < 700 else math.inf
 
 # %% ../nbs/50_evaluate.ipynb #e2b150c6
@@ -116,8 +121,6 @@ def perplexity(
     "exp of the mean negative log-likelihood over all tokens of `texts`, each scored once, summed in float64."
     if isinstance(texts, str):
         raise ValueError("texts must be a list of documents; got one string")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     check_max_length(model, max_length)
     windows = token_windows(list(texts), tokenizer, max_length)
     if not windows:
