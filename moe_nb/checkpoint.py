@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXTRA', 'SUFFIXES', 'INDEXES', 'projection_file', 'tensor_file', 'split_state', 'write_shards', 'write_json',
-           'write_model_config', 'write_records', 'size_in_bytes', 'write_model_files', 'file_list', 'write_metadata',
-           'write_card', 'extra_files', 'carry_extra', 'write_files_beside', 'save_compressed_model', 'read_metadata',
-           'verify_file', 'verify_directory', 'offload_as_one', 'load_compressed_model', 'is_compressed']
+           'write_model_config', 'write_records', 'write_model_files', 'file_list', 'write_metadata', 'write_card',
+           'extra_files', 'carry_extra', 'write_files_beside', 'save_compressed_model', 'read_metadata', 'verify_file',
+           'verify_directory', 'offload_as_one', 'load_compressed_model', 'is_compressed']
 
 # %% ../nbs/31_checkpoint.ipynb #599d2f4a
 import copy
@@ -14,7 +14,6 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -57,6 +56,7 @@ from moe_nb.sources import (
     model_folder,
     read_index,
 )
+from .statistics import size_in_bytes
 
 # %% ../nbs/31_checkpoint.ipynb #9d04f86e
 EXTRA = "extra_weights"  # Files of tensors without a place in the model: passed through, not loaded
@@ -168,11 +168,6 @@ def write_records(
     (folder / "compression_statistics.yaml").write_text(statistics)
 
 # %% ../nbs/31_checkpoint.ipynb #bff87f9f
-def size_in_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    "What these tensors take, tied ones as often as they come."
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def write_model_files(
     model: nn.Module,
     config: SharedCoreConfig,

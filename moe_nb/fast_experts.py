@@ -102,13 +102,8 @@ class FactorSlices:
     "Rows of each expert in the factors of one projection, as views; products with them land where they are needed."
 
     def __init__(self, core: SharedCore, wide_of: SharedCore):
-        stored = core._parameters  # found sooner than attributes of the module
-        self.P = stored["P"]
-        self.Q = stored["Q"]
-        self.G = stored["G"]
-        self.V = stored["V"]
-        if self.V is None:
-            self.V = wide_of._parameters["V"]
+        self.P, self.Q, self.G, self.V = core.sliceable(wide_of)
+        self.shares_V = core._parameters["V"] is None
         narrow = host_ranks(core.narrow_ranks)
         wide = host_ranks(core.wide_ranks)
         self.narrow, self.narrow_at = narrow.ranks, narrow.begins
@@ -173,7 +168,7 @@ def inner_(
     gate.add_narrow_(g_pf, gate.Q, gate.P, expert)
     up.add_narrow_(u_pf, up.Q, up.P, expert)
     t_ps = gate.add_wide_(g_pf, x_pd, expert, None)
-    up.add_wide_(u_pf, x_pd, expert, t_ps if up.V is gate.V else None)
+    up.add_wide_(u_pf, x_pd, expert, t_ps if up.shares_V else None)
 
 
 def outer_(
@@ -192,7 +187,7 @@ def both_cores(experts: SharedCoreExperts, x_Td: torch.Tensor) -> torch.Tensor:
     f = experts.gate.core.shape[0]
     z_T2f = x_Td.new_empty(len(x_Td), 2 * f)
     for z_Tf, core in zip(z_T2f.split(f, dim=1), (experts.gate, experts.up)):
-        torch.mm(x_Td, core.core.t(), out=z_Tf)
+        torch.mm(x_Td, core.core_fd.t(), out=z_Tf)
     return z_T2f
 
 # %% ../nbs/12_fast_experts.ipynb #566590c2
@@ -420,11 +415,11 @@ def static_inner(
         narrow = padding(core, "narrow_ranks", routing)
         wide = padding(core, "wide_ranks", routing)
         if narrow:
-            a_Pf = a_Pf + narrow.through(z_Pf, core.Q, core.P, routing)
+            a_Pf = a_Pf + narrow.through(z_Pf, core.factor("Q"), core.factor("P"), routing)
         if wide and core.V is not None:
-            t_Ps = wide.project(x_Pd, core.V, routing)
+            t_Ps = wide.project(x_Pd, core.factor("V"), routing)
         if wide:
-            a_Pf = a_Pf + wide.expand(t_Ps, core.G, routing)
+            a_Pf = a_Pf + wide.expand(t_Ps, core.factor("G", experts.gate), routing)
         parts.append(a_Pf)
     return torch.cat(parts, dim=1)
 
@@ -450,11 +445,11 @@ def static_forward(
     wide = padding(down, "wide_ranks", routing)
     through_core_Pf = h_Pf
     if narrow:
-        through_core_Pf = h_Pf + narrow.through(h_Pf, down.P, down.Q, routing)
+        through_core_Pf = h_Pf + narrow.through(h_Pf, down.factor("P"), down.factor("Q"), routing)
     h_Tf = routing.per_token(through_core_Pf, T)
     y_Td = down.to_wide(h_Tf.to(x_Td.dtype))
     if wide:
-        rest_Pd = wide.through(h_Pf, down.G, down.V, routing)
+        rest_Pd = wide.through(h_Pf, down.factor("G"), down.factor("V"), routing)
         y_Td = y_Td + routing.per_token(rest_Pd, T)
     return y_Td.to(x_Td.dtype)
 
@@ -480,7 +475,7 @@ def is_usual(experts: SharedCoreExperts) -> bool:
     parts = experts._modules
     return (
         experts.layout in USUAL
-        and type(parts["gate"]) is type(parts["up"]) is type(parts["down"]) is SharedCore
+        and all(isinstance(parts[name], SharedCore) for name in ("gate", "up", "down"))
         and hasattr(experts.template, "_apply_gate")
     )
 
@@ -496,8 +491,8 @@ def fastest(
     plain = SharedCoreExperts.plain_forward
     if top_k_index is None or not is_usual(experts):
         return plain
-    core_fd, device_type = experts.down.core, x_Td.device.type
-    same_kind = x_Td.device == core_fd.device and x_Td.dtype == core_fd.dtype
+    down, device_type = experts.down, x_Td.device.type
+    same_kind = x_Td.device == down.core.device and x_Td.dtype == down.dtype
     if not same_kind or torch.is_autocast_enabled(device_type):
         return plain
     if device_type == "cpu" and not torch.compiler.is_compiling():

@@ -29,6 +29,7 @@ from moe_nb.experts import (
 )
 from .fit import Group, check_budget, fit_budget, make_group, pack_group, relative_error
 from .fit_rank import Sizes, fit_adam, fit_closed_form, uniform_rank
+from .int8 import round_layer
 from .refine import LayerRecord, refine_experts
 from .shared_core import SharedCore, SharedCoreExperts, Uncompressed, compressed_experts
 
@@ -65,6 +66,10 @@ class CompressionConfig:
         "default: the best of three for each layer, by a short trial",
         default=None,
     )
+    weights: Literal["float", "int8"] = flag(
+        "how the factors are stored: as numbers of dtype, or as int8 with scales of dtype, in half the bytes of bf16",
+        default="float",
+    )
     steps: int = flag("steps of the Adam recipe", default=1000)
     lr: float = flag("learning rate of the Adam recipe", default=1e-3)
     dtype: str | None = flag(
@@ -86,6 +91,8 @@ class CompressionConfig:
         check_least(self, rank=1, rounds=1, steps=1, rank_multiple=1, align_width=0, refine_steps=0)
         if self.refine_lr is not None:
             check_positive(self, "refine_lr")
+        if self.weights not in ("float", "int8"):
+            raise ValueError(f"weights must be float or int8; got {self.weights!r}")
         if self.method not in ("closed_form", "adam"):
             raise ValueError(f"method must be closed_form or adam; got {self.method!r}")
         unknown = set(self.projections) - set(PROJECTIONS)
@@ -323,7 +330,7 @@ def compressed_layer(
 ) -> tuple[SharedCoreExperts, dict]:
     """The compressed layer, and the relative errors of its weights and output.
 
-    In the data type and on the device of `experts`."""
+    In the data type and on the device of `experts`; its projections in that of `config`."""
     weights = read_experts(experts)
     parts = {}
     for name in weights:
@@ -339,9 +346,14 @@ def compressed_layer(
         fitted, refined = refine_experts(layer, record, **descent)
         errors["output_error"] = dict(fitted=fitted, refined=refined)
     layer.to(experts.down_proj.dtype)
+    if config.dtype:
+        for part in layer.projections().values():
+            part.to(getattr(torch, config.dtype))
+    if config.weights == "int8":
+        round_layer(layer)
     of_weights = {}
-    for name, core in cores.items():
-        of_weights[name] = relative_error(
-            weights.stacked([name])[0], core.weights(cores.get("gate_proj"))
-        )
+    for name, part in layer.projections().items():
+        if name in cores:
+            fitted_Efd = part.weights(layer.gate)
+            of_weights[name] = relative_error(weights.stacked([name])[0], fitted_Efd)
     return layer, dict(relative_error=of_weights, **errors)

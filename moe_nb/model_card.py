@@ -73,6 +73,12 @@ def sizes_table(statistics: dict) -> str:
         before = statistics[f"{kind}_params_original"]
         after = statistics[f"{kind}_params_compressed"]
         lines.append(f"| {label} | {before:,} | {after:,} | {after / before:.1%} |")
+    if "expert_bits_per_weight" in statistics:  # which older versions did not write
+        bits = statistics["expert_bits_per_weight"]
+        lines += [
+            "",
+            f"The compressed experts take {bits:.2f} bits for each parameter of the original ones.",
+        ]
     return "\n".join(lines)
 
 # %% ../nbs/30_model_card.ipynb #67751eaf

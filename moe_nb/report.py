@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEFORE_DISTILLATION', 'layer_number', 'expert_ranks', 'rank_tables', 'read_statistics', 'error_table', 'layer_table',
-           'is_distilled', 'total_line', 'report', 'report_data', 'plot_report']
+           'is_distilled', 'total_line', 'bytes_line', 'report', 'report_data', 'plot_report']
 
 # %% ../nbs/62_report.ipynb #fb390381
 import json
@@ -132,6 +132,13 @@ def total_line(
     return f"{kind:>6} parameters  {before:>16,} -> {after:>16,}  {share:7.1%} of the original"
 
 
+def bytes_line(statistics: dict) -> str:
+    "Bytes of the experts before and after, and bits for each parameter of the original."
+    before, after = statistics["expert_bytes_original"], statistics["expert_bytes_compressed"]
+    bits = statistics["expert_bits_per_weight"]
+    return f"expert bytes       {before:>16,} -> {after:>16,}  {bits:7.2f} bits per weight"
+
+
 def report(path: str | Path) -> str:
     "What a compressed directory holds, as text: totals, and a table of its layers."
     metadata, statistics = read_metadata(model_folder(path)), read_statistics(path)
@@ -142,6 +149,8 @@ def report(path: str | Path) -> str:
     if not statistics:
         return first
     totals = [total_line(kind, statistics) for kind in ("total", "active", "expert")]
+    if "expert_bytes_original" in statistics:  # which older versions did not write
+        totals.append(bytes_line(statistics))
     table = layer_table(path).round(3).to_string(index=False)
     notes = [f"({BEFORE_DISTILLATION})"] if is_distilled(path) else []
     return "\n".join([first, *totals, "", table, *notes])

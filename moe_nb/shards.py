@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
-from .checkpoint import INDEXES, size_in_bytes
+from .checkpoint import INDEXES
 from .files import file_identity
 from .hf_format import load_conversions
 from moe_nb.hf_names import (
@@ -45,6 +45,7 @@ from moe_nb.hf_names import (
     str_to_torch_dtype,
 )
 from .sources import read_index
+from .statistics import size_in_bytes
 
 # %% ../nbs/32_shards.ipynb #b86a46e9
 def weight_files(folder: Path) -> dict[str, list[str] | None]:

@@ -123,6 +123,33 @@ class SharedCore(nn.Module):
         self.register_buffer("narrow_ranks", narrow_ranks)
         self.register_buffer("wide_ranks", wide_ranks)
 
+    @property
+    def core_fd(self) -> torch.Tensor:
+        "C `[f, d]` as numbers to compute with."
+        return self.core
+
+    @property
+    def dtype(self) -> torch.dtype:
+        "The data type of what is computed with."
+        return self.core.dtype
+
+    def sliceable(self, wide_of: "SharedCore") -> tuple:
+        "P, Q, G and V: what has `narrow(0, first, count)` for the rows of one expert, as numbers to compute with."
+        stored = self._parameters  # found sooner than attributes of the module
+        V_Sd = stored["V"]
+        if V_Sd is None:
+            V_Sd = wide_of._parameters["V"]
+        return stored["P"], stored["Q"], stored["G"], V_Sd
+
+    def factor(
+        self,
+        name: str,  # P, Q, G or V
+        wide_of: "SharedCore | None" = None,  # Whose V to take where this projection has none
+    ) -> torch.Tensor:
+        "All rows of a factor as numbers to compute with."
+        holder = wide_of if name == "V" and self.V is None else self
+        return getattr(holder, name)
+
     def experts(
         self,
         wide_of: "SharedCore | None" = None,  # Whose V to take where this projection has none
@@ -131,7 +158,7 @@ class SharedCore(nn.Module):
         "Factors of each wanted expert, as views."
         narrow = self.narrow_ranks.tolist()
         wide = self.wide_ranks.tolist()
-        V_Sd = wide_of.V if self.V is None else self.V
+        V_Sd = self.factor("V", wide_of)
         P = rows_of(self.P, narrow, chosen)
         Q = rows_of(self.Q, narrow, chosen)
         G = rows_of(self.G, wide, chosen)
@@ -140,11 +167,11 @@ class SharedCore(nn.Module):
 
     def to_narrow(self, x_Td: torch.Tensor) -> torch.Tensor:
         "`C x` `[T, f]`, once per token."
-        return x_Td @ self.core.T
+        return x_Td @ self.core_fd.T
 
     def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor:
         "`C^T h` `[T, d]`, once per token."
-        return h_Tf @ self.core
+        return h_Tf @ self.core_fd
 
     def weights(
         self,
@@ -153,14 +180,15 @@ class SharedCore(nn.Module):
         transposed: bool = False,  # `[E, d, f]` in place of `[E, f, d]`
     ) -> torch.Tensor:
         "Full X of each wanted expert, summed in at least fp32, in the data type of the core."
-        dtype = self.core.dtype
-        if not sums_wide(self.core):
+        core_fd = self.core_fd
+        stored_dtype = dtype = core_fd.dtype
+        if not sums_wide(core_fd):
             dtype = torch.promote_types(dtype, torch.float32)
-        core_fd = self.core.to(dtype)
+        core_fd = core_fd.to(dtype)
         weights = []
         for factors in self.experts(wide_of, chosen):
             factors = ExpertFactors(*(factor.to(dtype) for factor in factors))
-            weights.append(factors.weight(core_fd, transposed).to(self.core.dtype))
+            weights.append(factors.weight(core_fd, transposed).to(stored_dtype))
         return torch.stack(weights)
 
 # %% ../nbs/11_shared_core.ipynb #6257948d
@@ -494,7 +522,7 @@ class SharedCoreExperts(nn.Module):
         if not isinstance(module, SharedCore):
             raise ValueError(f"{projection} is not compressed: it has no wrappers")
         return [
-            wrappers(module.core, expert, transposed=module is self.down)
+            wrappers(module.core_fd, expert, transposed=module is self.down)
             for expert in module.experts(self.gate)
         ]
 
