@@ -184,17 +184,17 @@ def rounded_cores(
 # %% ../nbs/11a_int8.ipynb #int8-24
 def round_layer(
     layer: SharedCoreExperts,  # Changed in place
+    dtype: torch.dtype
+    | None = None,  # Of the scales, and of what is computed; None: that of the factors
 ) -> None:
-    """Round the compressed projections of a layer to integers; those that are integers already stay.
-
-    The scales have the data type that the factors had."""
+    "Round the compressed projections of a layer to integers; those that are integers already stay."
     left = {name: part for name, part in layer.named_children() if type(part) is SharedCore}
     while left:
         name, first = next(iter(left.items()))
         sharing = [name] + [
             other for other, part in left.items() if part.V is None and other != name
         ]
-        rounded = rounded_cores([left.pop(name) for name in sharing], first.dtype)
+        rounded = rounded_cores([left.pop(name) for name in sharing], dtype or first.dtype)
         for name, part in zip(sharing, rounded):
             setattr(layer, name, part)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['active_parameters', 'stored_parameters', 'size_in_bytes', 'layer_statistics', 'CompressionStatistics',
-           'before_and_after', 'summarize', 'compression_record', 'stored_statistics', 'sample', 'samples_digest',
-           'fingerprint']
+           'before_and_after', 'summarize', 'compression_record', 'stored_statistics', 'with_bytes', 'sample',
+           'samples_digest', 'fingerprint']
 
 # %% ../nbs/26_statistics.ipynb #im475510
 import hashlib
@@ -163,6 +163,22 @@ def compression_record(
 def stored_statistics(statistics: CompressionStatistics) -> dict:
     "What `compression_statistics.yaml` holds."
     return {name: value for name, value in asdict(statistics).items() if name != "seconds"}
+
+# %% ../nbs/26_statistics.ipynb #stat-rec
+def with_bytes(
+    statistics: dict,  # Of a compressed model, as `stored_statistics` gives them
+    model: nn.Module,  # As it is stored now
+) -> dict:
+    "The same statistics with the bytes that the experts of `model` take now."
+    layers = {folder: dict(layer) for folder, layer in statistics["layers"].items()}
+    for layer in layers.values():
+        stored = model.get_submodule(layer["module"]).state_dict().values()
+        layer["bytes_compressed"] = size_in_bytes(stored)
+    total = sum(layer["bytes_compressed"] for layer in layers.values())
+    bits = 8 * total / statistics["expert_params_original"]
+    return statistics | dict(
+        layers=layers, expert_bytes_compressed=total, expert_bits_per_weight=bits
+    )
 
 # %% ../nbs/26_statistics.ipynb #859f6c48
 def sample(name: str, parameter: torch.Tensor) -> str:
