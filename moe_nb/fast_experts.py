@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks', 'version_of', 'remembered', 'host_ranks', 'FactorSlices',
-           'inner_', 'outer_', 'both_cores', 'token_forward', 'chunk_forward', 'loop_forward', 'padded_rows', 'Routing',
-           'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward',
-           'is_usual', 'fastest', 'shared_core_forward', 'switched']
+           'IntegerSlices', 'slices_of', 'inner_', 'outer_', 'both_cores', 'token_forward', 'chunk_forward',
+           'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward',
+           'grouped_forward', 'pairs_forward', 'is_usual', 'fastest', 'shared_core_forward', 'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
 import weakref
@@ -19,6 +19,7 @@ import torch
 
 from .experts import Layout
 from .hf_names import ALL_EXPERTS_FUNCTIONS, grouped
+from .int8 import IntegerCore, times_levels
 from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
@@ -102,12 +103,34 @@ class FactorSlices:
     "Rows of each expert in the factors of one projection, as views; products with them land where they are needed."
 
     def __init__(self, core: SharedCore, wide_of: SharedCore):
-        self.P, self.Q, self.G, self.V = core.sliceable(wide_of)
-        self.shares_V = core._parameters["V"] is None
+        stored = core._parameters  # found sooner than attributes of the module
+        self.P, self.Q, self.G, self.V = (stored[name] for name in "PQGV")
+        self.shares_V = self.V is None
+        if self.shares_V:
+            self.V = wide_of._parameters["V"]
         narrow = host_ranks(core.narrow_ranks)
         wide = host_ranks(core.wide_ranks)
         self.narrow, self.narrow_at = narrow.ranks, narrow.begins
         self.wide, self.wide_at = wide.ranks, wide.begins
+
+    def rows(
+        self,
+        factor_Rn: torch.Tensor,  # Of all experts
+        first: int,  # Row
+        count: int,  # Rows
+    ) -> torch.Tensor:
+        "What `project` is to be multiplied by: rows of one expert."
+        return factor_Rn.narrow(0, first, count)
+
+    def project(
+        self,
+        value_pn: torch.Tensor,  # Of pairs of the expert
+        factor_Rn: torch.Tensor,  # Of all experts
+        first: int,  # Row
+        count: int,  # Rows
+    ) -> torch.Tensor:
+        "`value` times rows of one expert, `[p, count]`."
+        return value_pn @ factor_Rn.narrow(0, first, count).t()
 
     def add_narrow_(
         self,
@@ -120,8 +143,8 @@ class FactorSlices:
         rank = self.narrow[expert]
         if rank:
             at = self.narrow_at[expert]
-            t_pr = z_pf @ first_Rf.narrow(0, at, rank).t()
-            z_pf.addmm_(t_pr, second_Rf.narrow(0, at, rank))
+            t_pr = self.project(z_pf, first_Rf, at, rank)
+            z_pf.addmm_(t_pr, self.rows(second_Rf, at, rank))
 
     def add_wide_(
         self,
@@ -136,8 +159,8 @@ class FactorSlices:
             return None
         at = self.wide_at[expert]
         if t_ps is None:
-            t_ps = x_pd @ self.V.narrow(0, at, rank).t()
-        z_pf.addmm_(t_ps, self.G.narrow(0, at, rank))
+            t_ps = self.project(x_pd, self.V, at, rank)
+        z_pf.addmm_(t_ps, self.rows(self.G, at, rank))
         return t_ps
 
     def to_wide_(
@@ -150,10 +173,50 @@ class FactorSlices:
         rank = self.wide[expert]
         if rank:
             at = self.wide_at[expert]
-            t_ps = h_pf @ self.G.narrow(0, at, rank).t()
-            torch.mm(t_ps, self.V.narrow(0, at, rank), out=y_pd)
+            t_ps = self.project(h_pf, self.G, at, rank)
+            torch.mm(t_ps, self.rows(self.V, at, rank), out=y_pd)
         else:
             y_pd.zero_()
+
+# %% ../nbs/12_fast_experts.ipynb #fe-int-b
+class IntegerSlices(FactorSlices):
+    "The same of a projection in integers."
+
+    def __init__(self, core: IntegerCore, wide_of: IntegerCore):
+        super().__init__(core, wide_of)
+        self.dtype = core.dtype
+        self.narrow_scale_R = core.narrow_scale
+        self.wide_scale_S = core.scale_of("V", wide_of)
+
+    def rows(
+        self,
+        factor_Rn: torch.Tensor,  # Of all experts
+        first: int,  # Row
+        count: int,  # Rows
+    ) -> torch.Tensor:
+        "What `project` is to be multiplied by: levels of one expert."
+        return factor_Rn.narrow(0, first, count).to(self.dtype)
+
+    def project(
+        self,
+        value_pn: torch.Tensor,  # Of pairs of the expert
+        factor_Rn: torch.Tensor,  # Of all experts
+        first: int,  # Row
+        count: int,  # Rows
+    ) -> torch.Tensor:
+        "`value` times rows of one expert, and once more their scale, `[p, count]`."
+        scale_R = (
+            self.narrow_scale_R if factor_Rn is self.P or factor_Rn is self.Q else self.wide_scale_S
+        )
+        scale_r = scale_R.narrow(0, first, count)
+        levels_rn = factor_Rn.narrow(0, first, count)
+        return times_levels(value_pn, levels_rn, scale_r).mul_(scale_r)
+
+
+def slices_of(core: SharedCore, wide_of: SharedCore) -> FactorSlices:
+    "The factors of one projection by expert; `wide_of` has V where it has none."
+    kind = IntegerSlices if isinstance(core, IntegerCore) else FactorSlices
+    return kind(core, wide_of)
 
 # %% ../nbs/12_fast_experts.ipynb #9d64c2f5
 def inner_(
@@ -184,11 +247,7 @@ def outer_(
 
 def both_cores(experts: SharedCoreExperts, x_Td: torch.Tensor) -> torch.Tensor:
     "`C x` of gate and up side by side, `[T, 2f]`."
-    f = experts.gate.core.shape[0]
-    z_T2f = x_Td.new_empty(len(x_Td), 2 * f)
-    for z_Tf, core in zip(z_T2f.split(f, dim=1), (experts.gate, experts.up)):
-        torch.mm(x_Td, core.core_fd.t(), out=z_Tf)
-    return z_T2f
+    return torch.cat([core.to_narrow(x_Td) for core in (experts.gate, experts.up)], dim=1)
 
 # %% ../nbs/12_fast_experts.ipynb #566590c2
 def token_forward(
@@ -247,7 +306,7 @@ def loop_forward(
             "shared_core_loop has no gradient: use it under torch.no_grad(), or choose shared_core"
         )
     gate, up, down = experts.gate, experts.up, experts.down
-    slices = FactorSlices(gate, gate), FactorSlices(up, gate), FactorSlices(down, gate)
+    slices = slices_of(gate, gate), slices_of(up, gate), slices_of(down, gate)
     if len(x_Td) == 1:
         chosen = top_k_index[0].tolist()
         if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts:

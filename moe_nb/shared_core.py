@@ -133,14 +133,6 @@ class SharedCore(nn.Module):
         "The data type of what is computed with."
         return self.core.dtype
 
-    def sliceable(self, wide_of: "SharedCore") -> tuple:
-        "P, Q, G and V: what has `narrow(0, first, count)` for the rows of one expert, as numbers to compute with."
-        stored = self._parameters  # found sooner than attributes of the module
-        V_Sd = stored["V"]
-        if V_Sd is None:
-            V_Sd = wide_of._parameters["V"]
-        return stored["P"], stored["Q"], stored["G"], V_Sd
-
     def factor(
         self,
         name: str,  # P, Q, G or V
