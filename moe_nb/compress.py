@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 from .calibrate import calibrate, check_head
 from .experts import experts_per_token, layer_folders, read_experts
 from .fit import Group, fit_budget, pack_group
-from .hf_format import check_plain, forget_source, mark_compressed
+from .hf_format import check_plain, forget_source, mark_compressed, store_layer
 from .hf_names import cast_model, unwrapped
-from .int8 import float_layer, round_layer
 from moe_nb.layer import (
     CompressionConfig,
     align_layer,
@@ -74,7 +73,8 @@ def fit_model(
     moments = calibrate(model, calibration)
     groups = model_groups(experts, config, moments)
     budget = config.ratio * sum(group.X_Emd.numel() for group in groups.values())
-    fit_budget(list(groups.values()), budget, rounds=config.rounds, multiple=config.rank_multiple)
+    options = dict(multiple=config.rank_multiple, interpolative=config.is_interpolative)
+    fit_budget(list(groups.values()), budget, rounds=config.rounds, **options)
     fitted = {name: {} for name in experts}
     for (name, *projections), group in groups.items():
         fitted[name] |= zip(projections, pack_group(group))
@@ -139,20 +139,21 @@ def compress_model(
 # %% ../nbs/27_compress.ipynb #int-f
 def store_as(
     model: nn.Module,  # Compressed; changed in place
-    weights: str,  # "float" or "int8", as in `CompressionConfig`
-    dtype: torch.dtype | None = None,  # Of the scales of integers; None: that of the factors
+    weights: str,  # "float", "int8" or "interpolative", as in `CompressionConfig`
+    dtype: torch.dtype
+    | None = None,  # Of the numbers, and of the scales of integers; None: as they are
 ) -> None:
-    """Round the factors of all layers to integers, or make fp32 numbers of them again; the records of `model` say so.
+    """Store the factors of all layers in another form, and let the records of `model` say so.
 
+    From integers they become fp32.
     Raises `ValueError` for a model that is not compressed."""
     layers = compressed_experts(model)
     if not layers:
         raise ValueError("the model holds no compressed experts: use compress_model first")
     for layer in layers.values():
-        if weights == "int8":
-            round_layer(layer, dtype)
-        else:
-            float_layer(layer)
+        store_layer(layer, weights, dtype)
+        for part in layer.projections().values():
+            part.to(dtype)
     known = model.config.quantization_config
     statistics = with_bytes(known.statistics, model) if known.statistics else {}
     records = dict(compression=known.compression, statistics=statistics)

@@ -46,7 +46,7 @@ from moe_nb.files import (
     sha256,
     share,
 )
-from .hf_format import has_integers, modules_of
+from .hf_format import modules_of, stored_form
 from .hf_names import cast_model, pretrained_model
 from .refine import LayerRecord, record_layers, refine_experts
 from moe_nb.resume import (
@@ -517,7 +517,7 @@ def load_student(config: DistillationConfig) -> nn.Module:
     "The student in the data type of the training; a model that is not compressed draws a warning."
     model_folder(config.student_model_path, BESIDE_WEIGHTS)  # which says what is wrong with it
     stored = stored_model(config.student_model_path)
-    if has_integers(modules_of(stored.config)):
+    if modules_of(stored.config):
         store_as(stored, "float")
     student = cast_model(stored, getattr(torch, config.dtype))
     if not compressed_experts(student):
@@ -673,12 +673,12 @@ def write_result(
 ) -> None:
     """Write `model` with its `tokenizer` as the result of the run, with the record of how it was made.
 
-    It is written as the student's directory is: in its data type, and in integers where that has integers."""
+    It is written as the student's directory is: in its data type and form."""
     source = model_folder(config.student_model_path)
     original_config = AutoConfig.from_pretrained(source)
     stored_dtype = original_config.dtype
-    if has_integers(modules_of(original_config)):
-        store_as(model, "int8", stored_dtype)
+    if compressed_experts(model):
+        store_as(model, stored_form(modules_of(original_config)), stored_dtype)
     if stored_dtype is not None:
         cast_model(model, stored_dtype)
     final = Path(config.output_dir) / "final"

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks', 'version_of', 'remembered', 'host_ranks', 'FactorSlices',
-           'IntegerSlices', 'slices_of', 'inner_', 'outer_', 'both_cores', 'token_forward', 'chunk_forward',
-           'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward',
-           'grouped_forward', 'pairs_forward', 'is_usual', 'fastest', 'shared_core_forward', 'switched']
+           'IntegerSlices', 'InterpolativeSlices', 'slices_of', 'inner_', 'outer_', 'both_cores', 'token_forward',
+           'chunk_forward', 'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding', 'padding', 'static_inner',
+           'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual', 'fastest', 'shared_core_forward',
+           'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
 import weakref
@@ -20,6 +21,7 @@ import torch
 from .experts import Layout
 from .hf_names import ALL_EXPERTS_FUNCTIONS, grouped
 from .int8 import IntegerCore, times_levels
+from .interpolative import InterpolativeCore
 from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
@@ -104,47 +106,50 @@ class FactorSlices:
 
     def __init__(self, core: SharedCore, wide_of: SharedCore):
         stored = core._parameters  # found sooner than attributes of the module
-        self.P, self.Q, self.G, self.V = (stored[name] for name in "PQGV")
-        self.shares_V = self.V is None
-        if self.shares_V:
-            self.V = wide_of._parameters["V"]
-        narrow = host_ranks(core.narrow_ranks)
-        wide = host_ranks(core.wide_ranks)
-        self.narrow, self.narrow_at = narrow.ranks, narrow.begins
-        self.wide, self.wide_at = wide.ranks, wide.begins
+        self.shares_V = stored["V"] is None
+        holder = wide_of._parameters if self.shares_V else stored
+        self.factors = dict(P=stored["P"], Q=stored["Q"], G=stored.get("G"), V=holder["V"])
+        narrow, wide = host_ranks(core.narrow_ranks), host_ranks(core.wide_ranks)
+        self.ranks = dict(P=narrow, Q=narrow, G=wide, V=wide)
+        self.narrow, self.wide = narrow.ranks, wide.ranks
+
+    def slice(
+        self,
+        name: str,  # P, Q, G or V
+        expert: int,  # Its number
+    ) -> torch.Tensor:
+        "Rows of one expert, as they are stored."
+        known = self.ranks[name]
+        return self.factors[name].narrow(0, known.begins[expert], known.ranks[expert])
 
     def rows(
         self,
-        factor_Rn: torch.Tensor,  # Of all experts
-        first: int,  # Row
-        count: int,  # Rows
+        name: str,  # P, Q, G or V
+        expert: int,  # Its number
     ) -> torch.Tensor:
         "What `project` is to be multiplied by: rows of one expert."
-        return factor_Rn.narrow(0, first, count)
+        return self.slice(name, expert)
 
     def project(
         self,
         value_pn: torch.Tensor,  # Of pairs of the expert
-        factor_Rn: torch.Tensor,  # Of all experts
-        first: int,  # Row
-        count: int,  # Rows
+        name: str,  # P, Q, G or V
+        expert: int,  # Its number
     ) -> torch.Tensor:
-        "`value` times rows of one expert, `[p, count]`."
-        return value_pn @ factor_Rn.narrow(0, first, count).t()
+        "`value` times rows of one expert, `[p, r]`."
+        return value_pn @ self.rows(name, expert).t()
 
     def add_narrow_(
         self,
         z_pf: torch.Tensor,  # Changed in place
-        first_Rf: torch.Tensor,  # Q for gate and up, P for down
-        second_Rf: torch.Tensor,  # The other one
+        first: str,  # Q for gate and up, P for down
+        second: str,  # The other one
         expert: int,  # Its number
     ) -> None:
         "`z += second first^T z`, in place."
-        rank = self.narrow[expert]
-        if rank:
-            at = self.narrow_at[expert]
-            t_pr = self.project(z_pf, first_Rf, at, rank)
-            z_pf.addmm_(t_pr, self.rows(second_Rf, at, rank))
+        if self.narrow[expert]:
+            t_pr = self.project(z_pf, first, expert)
+            z_pf.addmm_(t_pr, self.rows(second, expert))
 
     def add_wide_(
         self,
@@ -154,13 +159,11 @@ class FactorSlices:
         t_ps: torch.Tensor | None,  # `V^T x`, where it is known
     ) -> torch.Tensor | None:
         "`z += G V^T x`, in place; returns `V^T x`."
-        rank = self.wide[expert]
-        if not rank:
+        if not self.wide[expert]:
             return None
-        at = self.wide_at[expert]
         if t_ps is None:
-            t_ps = self.project(x_pd, self.V, at, rank)
-        z_pf.addmm_(t_ps, self.rows(self.G, at, rank))
+            t_ps = self.project(x_pd, "V", expert)
+        z_pf.addmm_(t_ps, self.rows("G", expert))
         return t_ps
 
     def to_wide_(
@@ -170,11 +173,9 @@ class FactorSlices:
         expert: int,  # Its number
     ) -> None:
         "`y = V G^T h`, in place."
-        rank = self.wide[expert]
-        if rank:
-            at = self.wide_at[expert]
-            t_ps = self.project(h_pf, self.G, at, rank)
-            torch.mm(t_ps, self.rows(self.V, at, rank), out=y_pd)
+        if self.wide[expert]:
+            t_ps = self.project(h_pf, "G", expert)
+            torch.mm(t_ps, self.rows("V", expert), out=y_pd)
         else:
             y_pd.zero_()
 
@@ -185,38 +186,57 @@ class IntegerSlices(FactorSlices):
     def __init__(self, core: IntegerCore, wide_of: IntegerCore):
         super().__init__(core, wide_of)
         self.dtype = core.dtype
-        self.narrow_scale_R = core.narrow_scale
-        self.wide_scale_S = core.scale_of("V", wide_of)
+        narrow_R, wide_S = core.narrow_scale, core.scale_of("V", wide_of)
+        self.scales = dict(P=narrow_R, Q=narrow_R, G=wide_S, V=wide_S)
 
     def rows(
         self,
-        factor_Rn: torch.Tensor,  # Of all experts
-        first: int,  # Row
-        count: int,  # Rows
+        name: str,  # P, Q, G or V
+        expert: int,  # Its number
     ) -> torch.Tensor:
         "What `project` is to be multiplied by: levels of one expert."
-        return factor_Rn.narrow(0, first, count).to(self.dtype)
+        return self.slice(name, expert).to(self.dtype)
 
     def project(
         self,
         value_pn: torch.Tensor,  # Of pairs of the expert
-        factor_Rn: torch.Tensor,  # Of all experts
-        first: int,  # Row
-        count: int,  # Rows
+        name: str,  # P, Q, G or V
+        expert: int,  # Its number
     ) -> torch.Tensor:
-        "`value` times rows of one expert, and once more their scale, `[p, count]`."
-        scale_R = (
-            self.narrow_scale_R if factor_Rn is self.P or factor_Rn is self.Q else self.wide_scale_S
-        )
-        scale_r = scale_R.narrow(0, first, count)
-        levels_rn = factor_Rn.narrow(0, first, count)
-        return times_levels(value_pn, levels_rn, scale_r).mul_(scale_r)
+        "`value` times rows of one expert, and once more their scale, `[p, r]`."
+        known = self.ranks[name]
+        scale_r = self.scales[name].narrow(0, known.begins[expert], known.ranks[expert])
+        return times_levels(value_pn, self.slice(name, expert), scale_r).mul_(scale_r)
+
+
+class InterpolativeSlices(FactorSlices):
+    "The same of a projection in the interpolative form."
+
+    def __init__(self, core: InterpolativeCore, wide_of: SharedCore):
+        super().__init__(core, wide_of)
+        self.core = core
+        f, pivots = core.core.shape[0], host_ranks(core.pivot_counts)
+        self.ranks["pivots"] = pivots
+        self.factors["pivots"] = core.pivots
+        sizes = [rank * (f - count) for rank, count in zip(self.wide, pivots.ranks)]
+        self.coefficients = core.coefficients.split(sizes)
+
+    def rows(
+        self,
+        name: str,  # P, Q, G or V
+        expert: int,  # Its number
+    ) -> torch.Tensor:
+        "What `project` is to be multiplied by: rows of one expert."
+        if name != "G":
+            return self.slice(name, expert)
+        pivot_n = self.slice("pivots", expert)
+        return self.core.put_together(self.coefficients[expert], pivot_n, self.wide[expert])
 
 
 def slices_of(core: SharedCore, wide_of: SharedCore) -> FactorSlices:
     "The factors of one projection by expert; `wide_of` has V where it has none."
-    kind = IntegerSlices if isinstance(core, IntegerCore) else FactorSlices
-    return kind(core, wide_of)
+    kinds = {IntegerCore: IntegerSlices, InterpolativeCore: InterpolativeSlices}
+    return kinds.get(type(core), FactorSlices)(core, wide_of)
 
 # %% ../nbs/12_fast_experts.ipynb #9d64c2f5
 def inner_(
@@ -228,8 +248,8 @@ def inner_(
 ) -> None:
     "From `C x` of gate and up to their full products, in place."
     g_pf, u_pf = a_p2f.chunk(2, dim=1)
-    gate.add_narrow_(g_pf, gate.Q, gate.P, expert)
-    up.add_narrow_(u_pf, up.Q, up.P, expert)
+    gate.add_narrow_(g_pf, "Q", "P", expert)
+    up.add_narrow_(u_pf, "Q", "P", expert)
     t_ps = gate.add_wide_(g_pf, x_pd, expert, None)
     up.add_wide_(u_pf, x_pd, expert, t_ps if up.shares_V else None)
 
@@ -242,7 +262,7 @@ def outer_(
 ) -> None:
     "The two parts of the down projection: `y` directly, `h` still to go through the core; both in place."
     down.to_wide_(y_pd, h_pf, expert)
-    down.add_narrow_(h_pf, down.P, down.Q, expert)
+    down.add_narrow_(h_pf, "P", "Q", expert)
 
 
 def both_cores(experts: SharedCoreExperts, x_Td: torch.Tensor) -> torch.Tensor:
@@ -449,7 +469,7 @@ def padding(
     rows = known.rows
     if not rows:
         return None
-    total = len(core.G if name == "wide_ranks" else core.P)
+    total = sum(known.ranks)
     mask_Pr = None
     if not known.equal:
         _, mask_Pr = padded_rows(ranks_E, routing.expert_P, rows, total)

@@ -29,7 +29,7 @@ from moe_nb.experts import (
 )
 from .fit import Group, check_budget, fit_budget, make_group, pack_group, relative_error
 from .fit_rank import Sizes, fit_adam, fit_closed_form, uniform_rank
-from .int8 import round_layer
+from .hf_format import FACTOR_FORMS, store_layer
 from .refine import LayerRecord, refine_experts
 from .shared_core import SharedCore, SharedCoreExperts, Uncompressed, compressed_experts
 
@@ -66,8 +66,9 @@ class CompressionConfig:
         "default: the best of three for each layer, by a short trial",
         default=None,
     )
-    weights: Literal["float", "int8"] = flag(
-        "how the factors are stored: as numbers of dtype, or as int8 with scales of dtype, in half the bytes of bf16",
+    weights: Literal["float", "int8", "interpolative"] = flag(
+        "how the factors are stored: as numbers of dtype; as int8 with scales of dtype, in half the bytes of bf16; "
+        "or without the numbers that follow from others, which leaves room for larger ranks and computes slower",
         default="float",
     )
     steps: int = flag("steps of the Adam recipe", default=1000)
@@ -91,8 +92,10 @@ class CompressionConfig:
         check_least(self, rank=1, rounds=1, steps=1, rank_multiple=1, align_width=0, refine_steps=0)
         if self.refine_lr is not None:
             check_positive(self, "refine_lr")
-        if self.weights not in ("float", "int8"):
-            raise ValueError(f"weights must be float or int8; got {self.weights!r}")
+        if self.weights not in FACTOR_FORMS:
+            raise ValueError(
+                f"weights must be one of {', '.join(FACTOR_FORMS)}; got {self.weights!r}"
+            )
         if self.method not in ("closed_form", "adam"):
             raise ValueError(f"method must be closed_form or adam; got {self.method!r}")
         unknown = set(self.projections) - set(PROJECTIONS)
@@ -102,6 +105,11 @@ class CompressionConfig:
             )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16; got {self.dtype!r}")
+
+    @property
+    def is_interpolative(self) -> bool:
+        "Whether the budget is one of numbers in the interpolative form."
+        return self.weights == "interpolative"
 
     @property
     def by_budget(self) -> bool:
@@ -316,6 +324,7 @@ def fit_layer(experts: nn.Module, config: CompressionConfig) -> dict[str, Shared
                 config.ratio * group.X_Emd.numel(),
                 rounds=config.rounds,
                 multiple=config.rank_multiple,
+                interpolative=config.is_interpolative,
             )
             fitted |= zip(names, pack_group(group))
     return fitted
@@ -349,8 +358,7 @@ def compressed_layer(
     if config.dtype:
         for part in layer.projections().values():
             part.to(getattr(torch, config.dtype))
-    if config.weights == "int8":
-        round_layer(layer)
+    store_layer(layer, config.weights)
     of_weights = {}
     for name, part in layer.projections().items():
         if name in cores:

@@ -560,7 +560,7 @@ def fit_groups(
             fit_my_groups(groups, mine, round, config.ratio)
             state.wait_for_everyone()
             read_squares(groups, round, state.device)
-            allocate(list(groups.values()), budget, config.rank_multiple)
+            allocate(list(groups.values()), budget, config.rank_multiple, config.is_interpolative)
             if state.is_main_process:
                 ranks = {files.name: group.ranks_E.tolist() for files, group in groups.items()}
                 finish_piece(work, piece, [], dict(ranks=ranks))

@@ -40,7 +40,7 @@ from moe_nb.files import (
     replace_text,
     sha256,
 )
-from .hf_format import has_integers, modules_of
+from .hf_format import modules_of, stored_form
 from .hf_names import TrainOutput, pretrained_model
 from .shared_core import compressed_experts
 from .sources import compressed_folder, expanded
@@ -122,10 +122,11 @@ class CompleteTrainer(Trainer):
 
         True stands for the newest complete checkpoint, and for the start where there is none. A run that had reached
         its end takes no further step."""
-        if has_integers(modules_of(self.model.config)):
+        form = stored_form(modules_of(self.model.config))
+        if form != "float":
             raise ValueError(
-                "the factors of this model are integers, which can not be trained: "
-                'turn them into numbers first, with store_as(model, "float")'
+                f"the factors of this model are stored in the form {form}, which can not be trained: "
+                'change it first, with store_as(model, "float")'
             )
         if resume_from_checkpoint is True:
             compressed = bool(compressed_experts(self.model))

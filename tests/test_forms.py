@@ -1,0 +1,126 @@
+"Forms of the factors through the whole package: budget, distillation, saving, export, older versions."
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from moe_nb import checkpoint, hf_format
+from moe_nb.checkpoint import load_compressed_model, save_compressed_model
+from moe_nb.compress import compress_model, store_as
+from moe_nb.distill import DistillationConfig, distill
+from moe_nb.evaluate import perplexity
+from moe_nb.export import export_to_hf_format
+from moe_nb.hf_format import modules_of, stored_form
+from moe_nb.layer import CompressionConfig
+from moe_nb.resume import CompleteTrainer
+from moe_nb.shared_core import compressed_experts
+from moe_nb.tiny import load_tiny, tiny_path, tiny_text
+
+RATIO = 0.3
+
+
+def compressed(weights):
+    "The embedded model compressed without data, its tokenizer and the statistics"
+    model, tokenizer = load_tiny()
+    config = CompressionConfig(ratio=RATIO, rounds=1, weights=weights, dtype="bfloat16")
+    _, statistics = compress_model(model, config)
+    return model, tokenizer, statistics
+
+
+@pytest.fixture(scope="module", params=["int8", "interpolative"])
+def form(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def directory(form, tmp_path_factory):
+    "Where the model in this form lies"
+    model, tokenizer, _ = compressed(form)
+    return save_compressed_model(model, tmp_path_factory.mktemp(form) / "student", tokenizer)
+
+
+def form_at(path):
+    return stored_form(modules_of(load_compressed_model(path).config))
+
+
+def test_budget_is_one_of_stored_numbers(form):
+    model, _, statistics = compressed(form)
+    _, _, plain = compressed("float")
+    found = sum(
+        value.numel()
+        for layer in compressed_experts(model).values()
+        for value in layer.state_dict().values()
+    )
+    assert found == statistics.expert_params_compressed
+    if form == "interpolative":  # larger ranks for the same numbers
+        assert 0.99 * RATIO < statistics.expert_compression_ratio <= RATIO
+        assert statistics.mean_relative_error < 0.95 * plain.mean_relative_error
+    else:
+        assert statistics.expert_bytes_compressed < 0.51 * plain.expert_bytes_compressed
+
+
+def test_student_learns_and_keeps_its_form(directory, form, tmp_path):
+    config = DistillationConfig(
+        teacher_model=str(tiny_path()),
+        student_model_path=str(directory),
+        output_dir=str(tmp_path / "run"),
+        block_steps=2,
+        max_steps=6,
+        save_steps=3,
+        max_tokens=8192,
+        training_args=dict(use_cpu=True, disable_tqdm=True),
+    )
+    final = distill(config)
+    before, after = load_compressed_model(directory), load_compressed_model(final)
+    assert form_at(final) == form
+    bits = [
+        m.config.quantization_config.statistics["expert_bits_per_weight"] for m in (before, after)
+    ]
+    assert bits[0] == bits[1]
+    _, tokenizer = load_tiny()
+    text = tiny_text("heldout")[:10]
+    assert perplexity(after, tokenizer, text) < 0.98 * perplexity(before, tokenizer, text)
+    for step in (tmp_path / "run").glob("checkpoint-*"):  # plain, so that a run can go on
+        assert form_at(step) == "float"
+
+
+def test_trainer_refuses_what_it_would_not_train(directory, tmp_path):
+    model = load_compressed_model(directory)
+    trainer = CompleteTrainer(model, TrainingArguments(str(tmp_path / "run"), use_cpu=True))
+    with pytest.raises(ValueError, match="store_as"):
+        trainer.train()
+
+
+def test_saved_loaded_and_exported(directory, tmp_path):
+    model = load_compressed_model(directory)
+    save_compressed_model(model, tmp_path / "again")
+    for file in directory.glob("layer_*/*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.relative_to(directory)).read_bytes()
+    export_to_hf_format(directory, None, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
+    model.dequantize()
+    for name, value in exported.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_forms_are_the_same_model(directory, form):
+    model = load_compressed_model(directory, dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        store_as(model, "float")
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        store_as(model, form)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
+    for name, value in load_compressed_model(directory).state_dict().items():
+        if form == "int8":  # other rows may be kept, but levels come back
+            assert torch.equal(model.state_dict()[name].to(value.dtype), value), name
+
+
+def test_older_package_refuses_it(directory, monkeypatch):
+    "As a version does that knows the first format alone"
+    for module in (checkpoint, hf_format):
+        monkeypatch.setattr(module, "FORMAT_VERSION", 1)
+    for load in (load_compressed_model, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="format version 2 is newer than 1.*upgrade moe_nb"):
+            load(directory)
