@@ -506,6 +506,7 @@ def tied_svd(
     calibration: list[torch.Tensor],  # 1-D token-id tensors
     seed: int = 0,  # Of the minibatches
     steps: int = 200,  # Of the descent on the outputs; 0: none
+    interpolative: bool = False,  # Count what the interpolative form stores
 ) -> int:
     """Per-expert SVD with V shared by gate and up, ranks by one budget, refined on the outputs.
 
@@ -518,14 +519,15 @@ def tied_svd(
     original = sum(group.X_Emd.numel() for group in groups)
     budget = ratio * original
     check_budget(budget, sum(group.fixed for group in groups) - unused, original)
-    allocate(groups, budget + unused)
+    allocate(groups, budget + unused, interpolative=interpolative)
     for (name, module), gate_up, down in zip(modules.items(), groups[::2], groups[1::2]):
         (gate_core, up_core), (down_core,) = pack_group(gate_up), pack_group(down)
         compressed = SharedCoreExperts(module, gate=gate_core, up=up_core, down=down_core)
         if steps:
             refine_experts(compressed, records[name], steps=steps, seed=seed)
         write_experts(module, compressed.materialize())
-    return sum(group.stored for group in groups) - unused
+    saved = sum(group.saved for group in groups) if interpolative else 0
+    return sum(group.stored for group in groups) - unused - saved
 
 # %% ../nbs/28_baselines.ipynb #083c0957
 def fisher_mean(W_Eoi: torch.Tensor, fisher_Eoi: torch.Tensor) -> torch.Tensor:
