@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moe_nb.hf_names import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
     HfQuantizer,
     PrefixChange,
     QuantizationConfigMixin,
@@ -46,6 +47,7 @@ from moe_nb.shared_core import (
 # %% ../nbs/13_hf_format.ipynb #1fb147d9
 FORMAT_VERSION = 1
 METHOD = "shared_core"
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)  # `import moe_nb` has held the place
 
 
 @register_quantization_config(METHOD)
