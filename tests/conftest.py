@@ -20,3 +20,7 @@ def pytest_configure(config):
 
 def pytest_collection_finish(session):
     gc.freeze()  # torch and transformers are no garbage: the collector need not go through them again
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()  # so that what is left at the end can go in order
