@@ -59,7 +59,9 @@ def test_star_brings_every_name():
         moe_nb.compressed_model
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", ["moe_nb first", pytest.param("transformers first", marks=pytest.mark.slow)]
+)
 def test_transformers_loads_what_is_compressed(compressed, tmp_path, order):
     first, *known = run(ORDERS[order] + LOAD, compressed, tmp_path / "logits.pt")
     assert first == FORMS["shared_core"].__name__ and set(FORMS) <= set(known)
