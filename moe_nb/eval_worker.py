@@ -48,6 +48,7 @@ from moe_nb.evaluate import (
 from .export import EXPORT_RECORD, export_to_hf_format
 from .files import read_json, replace_text
 from .text import document_text, named_texts
+from .tiny import documents
 
 # %% ../nbs/52_eval_worker.ipynb #bff56eca
 def task_records(
@@ -271,6 +272,8 @@ def warm_up(config: EvaluationConfig) -> None:
         importlib.import_module(name)
     if config.scorer == EvaluationConfig.scorer and config.include_path is None:
         index_of_tasks(tuple(config.tasks), None)
+    if any(task == "embedded" or task.startswith("tiny_") for task in config.tasks):
+        documents()  # the embedded text is kept once it is found
     gc.collect()
     gc.freeze()  # a worker that looks for garbage would copy the pages of all that is shared
 
