@@ -139,7 +139,11 @@ def result_row(
     )
 
 
-def score(folder: EvaluationFolder, subject: Candidate, workers: Workers) -> dict:
+def score(
+    folder: EvaluationFolder,
+    subject: Candidate,
+    workers: Workers,  # Of the configuration of `folder`
+) -> dict:
     "The row of the results for `subject`; `WorkerError` after the last attempt."
     config = folder.config
     most = config.retries + 1
