@@ -1,42 +1,84 @@
 "Compress Mixture-of-Experts language models around one shared core per layer and projection."
 import sys
-from pathlib import PurePath
+from importlib import import_module
+from importlib.machinery import PathFinder
 
 __version__ = "0.1.0"
 __all__ = ["CompressionConfig", "CompressionStatistics", "compress_checkpoint", "compress_model", "evaluate_model", "export_to_hf_format", "load_compressed_model",
            "load_tiny", "perplexity", "read_texts", "save_compressed_model", "self_sequences", "tiny_path", "tiny_text", "token_sequences"]
 
-
-def _complete() -> None:
-    "Import all of the package: it takes torch and transformers, and registers the compressed form with these."
-    import moe_nb.fast_experts as _  # puts the faster forms of the experts behind the switch of transformers
-    from moe_nb.checkpoint import load_compressed_model, save_compressed_model
-    from moe_nb.compress import compress_model
-    from moe_nb.evaluate import evaluate_model, perplexity
-    from moe_nb.export import export_to_hf_format
-    from moe_nb.layer import CompressionConfig
-    from moe_nb.statistics import CompressionStatistics
-    from moe_nb.stream import compress_checkpoint
-    from moe_nb.text import read_texts, self_sequences, token_sequences
-    from moe_nb.tiny import load_tiny, tiny_path, tiny_text
-
-    found = locals()
-    globals().update({name: found[name] for name in __all__})
+_MODULES = {
+    "checkpoint": ("load_compressed_model", "save_compressed_model"),
+    "compress": ("compress_model",),
+    "evaluate": ("evaluate_model", "perplexity"),
+    "export": ("export_to_hf_format",),
+    "layer": ("CompressionConfig",),
+    "statistics": ("CompressionStatistics",),
+    "stream": ("compress_checkpoint",),
+    "text": ("read_texts", "self_sequences", "token_sequences"),
+    "tiny": ("load_tiny", "tiny_path", "tiny_text"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str):
-    "What the package exports, also where nothing was imported yet."
-    if name not in __all__:
+    "What the package exports, imported when it is asked for: torch and transformers take seconds."
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'moe_nb' has no attribute {name!r}")
-    _complete()
-    return globals()[name]
+    found = getattr(import_module(f"moe_nb.{_MODULE_OF[name]}"), name)
+    globals()[name] = found
+    return found
 
 
-def _is_command() -> bool:
-    "Whether this process is `moe-nb`, which looks at its arguments before it waits for torch and transformers."
-    as_module = sys.argv[:1] == ["-m"] and "-m moe_nb.cli" in " ".join(sys.orig_argv)
-    return as_module or PurePath(*sys.argv[:1]).name == "moe-nb"
+def __dir__() -> list[str]:
+    "All names, also of what was not imported yet."
+    return sorted({*globals(), *__all__})
 
 
-if not _is_command():  # every other process has all of the package, registered with transformers
-    _complete()
+class _SharedCoreLater:
+    "Holds the place of our form among the quantizations of transformers until a checkpoint names it."
+
+    @classmethod
+    def from_dict(cls, *args, **kwargs):
+        from moe_nb.hf_format import SharedCoreConfig
+
+        return SharedCoreConfig.from_dict(*args, **kwargs)
+
+
+def _hold_place() -> None:
+    "Tell transformers that there is a quantization of our name."
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("shared_core", _SharedCoreLater)
+
+
+def _add_forms() -> None:
+    "Put the faster forms of the experts behind the switch of transformers."
+    import_module("moe_nb.fast_experts")
+
+
+_AFTER = {"transformers.quantizers.auto": _hold_place, "moe_nb.hf_format": _add_forms}
+
+
+class _AfterImport:
+    "A finder that calls the function that `_AFTER` names for a module, once that module was imported."
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name in _AFTER else None
+        if spec is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_call(module):
+            execute(module)
+            _AFTER[name]()
+
+        spec.loader.exec_module = execute_and_call
+        return spec
+
+
+sys.meta_path.insert(0, _AfterImport)
+for _name, _then in _AFTER.items():
+    if _name in sys.modules:  # it was there before us
+        _then()

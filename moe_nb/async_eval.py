@@ -38,7 +38,7 @@ from moe_nb.eval_queue import (
     settings_digest,
     sole_evaluator,
 )
-from .eval_worker import WorkerError, attempt, backend_of, end_with_parent
+from .eval_worker import WorkerError, Workers, attempt, backend_of, end_with_parent
 from .evaluate import record_scores
 from moe_nb.files import (
     append_line,
@@ -139,7 +139,11 @@ def result_row(
     )
 
 
-def score(folder: EvaluationFolder, subject: Candidate) -> dict:
+def score(
+    folder: EvaluationFolder,
+    subject: Candidate,
+    workers: Workers,  # Of the configuration of `folder`
+) -> dict:
     "The row of the results for `subject`; `WorkerError` after the last attempt."
     config = folder.config
     most = config.retries + 1
@@ -147,7 +151,7 @@ def score(folder: EvaluationFolder, subject: Candidate) -> dict:
         if number:
             time.sleep(config.backoff * 2 ** (number - 1))
         try:
-            result = attempt(subject, folder.work(subject), config)
+            result = attempt(subject, folder.work(subject), config, workers)
         except WorkerError as error:
             problem = error
             logging.getLogger(__name__).warning("attempt %d of %d: %s", number + 1, most, error)
@@ -241,6 +245,7 @@ class CheckpointEvaluator:
     def __init__(self, run: str | Path, config: EvaluationConfig):
         self.folder = EvaluationFolder(run, config)
         self.config = config
+        self.workers = Workers(config)
         self._adopted = set()
         self._failed = set()
         self._told = False
@@ -248,7 +253,7 @@ class CheckpointEvaluator:
     def evaluate_checkpoint(self, path: str | Path) -> dict:
         "The result of one model directory, read or made now; the queue stays as it is."
         subject = candidate(Path(path))
-        with sole_evaluator(self.folder.queue):
+        with sole_evaluator(self.folder.queue), self.workers:
             recover(self.folder)
             try:
                 return self.folder.find(subject) or self.record(subject)
@@ -257,7 +262,7 @@ class CheckpointEvaluator:
 
     def record(self, subject: Candidate) -> dict:
         "Score `subject` and append the result, which is returned."
-        row = score(self.folder, subject)
+        row = score(self.folder, subject, self.workers)
         append_line(self.folder.results, row)
         self.folder.derive_best()
         (self.folder.aside / f"{subject.label}.txt").unlink(missing_ok=True)
@@ -315,7 +320,8 @@ class CheckpointEvaluator:
     def run(self) -> list[dict]:
         "Evaluate until the training is done and nothing waits; the results."
         self.wait_for_run()
-        with sole_evaluator(self.folder.queue), tqdm(desc="evaluated", unit="model") as progress:
+        progress = tqdm(desc="evaluated", unit="model")
+        with sole_evaluator(self.folder.queue), self.workers, progress:
             recover(self.folder)
             while True:
                 done = not self.config.follow or (self.folder.queue / DONE).is_file()

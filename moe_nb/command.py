@@ -11,6 +11,7 @@ __all__ = ['COMMANDS', 'SOURCES', 'TEXTS', 'TEXT_SUFFIXES', 'FIRST_WORD', 'SWITC
 # %% ../nbs/65_command.ipynb #33ee9aa2
 import argparse
 import difflib
+import gc
 import json
 import multiprocessing
 import os
@@ -180,6 +181,7 @@ def parse(
 
     `ValueError` where a flag is unknown, missing or of the wrong kind.
     """
+    gc.enable()  # all that a command needs is imported now
     parser = flags_parser(name, *classes)
     argv = with_config(argv)
     known = [option for action in parser._actions for option in action.option_strings]

@@ -140,8 +140,7 @@ def compress_model(
 def store_as(
     model: nn.Module,  # Compressed; changed in place
     weights: str,  # "float", "int8" or "interpolative", as in `CompressionConfig`
-    dtype: torch.dtype
-    | None = None,  # Of the numbers, and of the scales of integers; None: as they are
+    dtype: torch.dtype | None = None,  # Of numbers and scales; None: as they are
 ) -> None:
     """Store the factors of all layers in another form, and let the records of `model` say so.
 

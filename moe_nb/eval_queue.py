@@ -18,14 +18,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from .checkpoint import METADATA, is_compressed, verify_directory
 from .config import batch_size_of, check_dtype, check_least, flag
 from .files import sha256, sole_holder
 from .model_card import CARD
 from .resume import MANIFEST, TRAINER_STATE, checkpoints, publish
+
+if TYPE_CHECKING:  # slow to import
+    import pandas as pd
 
 # %% ../nbs/51_eval_queue.ipynb #0b5331db
 @dataclass(frozen=True, kw_only=True)
@@ -360,10 +362,12 @@ def share_of(score: dict, reference: float | None) -> float:
     return reference / score["value"]
 
 # %% ../nbs/51_eval_queue.ipynb #0f287217
-def results_table(rows: list[dict]) -> pd.DataFrame:
+def results_table(rows: list[dict]) -> "pd.DataFrame":
     """Results as a table, one line per model, task and metric: the teacher, the student before training, the steps.
 
     `of_teacher` compares with the teacher's result of the same configuration."""
+    import pandas as pd
+
     teacher = {}
     for row in rows:
         if row["kind"] == "teacher":

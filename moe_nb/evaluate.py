@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['start_token', 'token_windows', 'batch_nll', 'window_perplexity', 'perplexity', 'package_tasks', 'task_manager',
            'check_tasks', 'random_state_kept', 'errors_only', 'native_stderr_hidden', 'silenced', 'model_and_tokenizer',
-           'clean_metrics', 'clean_results', 'lm_eval_results', 'evaluate_model', 'record_scores']
+           'clean_metrics', 'clean_results', 'unasked_system', 'lm_eval_results', 'evaluate_model', 'record_scores']
 
 # %% ../nbs/50_evaluate.ipynb #8ab0b152
 import copy
@@ -277,6 +277,19 @@ def clean_results(
         cleaned[task]["samples"] = counted["effective"]
     return cleaned
 
+# %% ../nbs/50_evaluate.ipynb #07c113f8
+@contextmanager
+def unasked_system() -> Iterator[None]:
+    "Within the block lm-eval does not ask the system what is installed."
+    from lm_eval import evaluator
+
+    asking = evaluator.add_env_info
+    evaluator.add_env_info = lambda results: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = asking
+
 # %% ../nbs/50_evaluate.ipynb #5e71c0de
 def lm_eval_results(
     model: nn.Module,  # Loaded
@@ -295,7 +308,7 @@ def lm_eval_results(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with random_state_kept(), evaluation_mode(model), silenced():
+    with random_state_kept(), evaluation_mode(model), silenced(), unasked_system():
         wrapped = HFLM(
             model,
             tokenizer=copy.deepcopy(tokenizer),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moe_nb.hf_names import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
     HfQuantizer,
     PrefixChange,
     QuantizationConfigMixin,
@@ -82,6 +83,9 @@ def stored_form(modules: dict) -> str:
 def written_version(modules: dict) -> int:
     "The format version that these `modules` need: the first one has plain factors alone."
     return 1 if stored_form(modules) == "float" else 2
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)  # `import moe_nb` has held the place
 
 
 @register_quantization_config(METHOD)

@@ -47,7 +47,11 @@ from transformers.models.auto import (
     processing_auto,
     tokenization_auto,
 )
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import cached_file

@@ -119,7 +119,9 @@ def interpolative_cores(cores: list[SharedCore]) -> list[InterpolativeCore]:
     stacked_Sm = torch.cat([core.G for core in cores], dim=1).double()
     V_Sd = cores[0].V
     kept_V = []
-    coefficients, pivots, counts = ([[] for _ in cores] for _ in range(3))
+    coefficients = [[] for _ in cores]
+    pivots = [[] for _ in cores]
+    counts = [[] for _ in cores]
     for G_sm, V_sd in zip(stacked_Sm.split(ranks), V_Sd.double().split(ranks)):
         kept_s, mixing_sm = pivot_rows(G_sm)
         kept_V.append(G_sm[:, kept_s].T @ V_sd)

@@ -9,16 +9,18 @@ __all__ = ['BEFORE_DISTILLATION', 'layer_number', 'expert_ranks', 'rank_tables',
 # %% ../nbs/62_report.ipynb #fb390381
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import yaml
-from matplotlib.figure import Figure
 
 from .checkpoint import read_metadata
 from .export import stored_tensors
 from .files import read_json
-from .plots import error_panel, heat_maps, rank_panels
 from .sources import model_folder
+
+if TYPE_CHECKING:  # half of the start of moe-nb compress, which draws nothing
+    from matplotlib.figure import Figure
 
 # %% ../nbs/62_report.ipynb #1e5a930b
 def layer_number(folder: str) -> int:
@@ -179,7 +181,9 @@ def report_data(path: str | Path) -> dict:
 def plot_report(
     path: str | Path,  # A compressed directory
     title: str | None = None,  # None: its name
-) -> Figure:
+) -> "Figure":
     "Ranks per layer and expert, and the errors per layer, as one figure."
+    from moe_nb.plots import error_panel, heat_maps, rank_panels
+
     panels = [*rank_panels(rank_tables(path)), error_panel(error_table(path))]
     return heat_maps(panels, title=Path(path).name if title is None else title)

@@ -1,5 +1,6 @@
 "No network, one thread, and no slow tests unless they are asked for."
 
+import gc
 import os
 
 os.environ.update(
@@ -15,3 +16,11 @@ os.environ.pop("IN_TEST", None)  # under it nbdev_export does nothing
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # torch and transformers are no garbage: the collector need not go through them again
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()  # so that what is left at the end can go in order

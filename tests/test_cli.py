@@ -66,7 +66,7 @@ def test_what_is_missing_is_said_before_torch_is_imported(words):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_run_says_how_to_go_on_and_does(tmp_path, sent, code):
     output = tmp_path / "compressed"
-    words = [*COMPRESS, "--output_dir", output, "--rounds", "30"]
+    words = [*COMPRESS, "--output_dir", output, "--rounds", "10"]
     process = start(*words)
     while not (work_folder(output) / JOB).is_file() and process.poll() is None:
         time.sleep(0.05)
