@@ -9,7 +9,7 @@ __all__ = ["CompressionConfig", "CompressionStatistics", "compress_checkpoint", 
 
 def _complete() -> None:
     "Import all of the package: it takes torch and transformers, and registers the compressed form with these."
-    import moe_nb.fast_experts as _  # puts the faster forms of the experts behind the switch of transformers
+    import moe_nb.kernels as _  # puts the faster forms of the experts behind the switch of transformers
     from moe_nb.checkpoint import load_compressed_model, save_compressed_model
     from moe_nb.compress import compress_model
     from moe_nb.evaluate import evaluate_model, perplexity
