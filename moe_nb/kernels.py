@@ -120,24 +120,25 @@ MOST_DECODED = 16  # Tokens for which there are no blocks
 
 def usual_sizes(shape: Shape) -> Sizes:
     "Sizes for a shape that was never tuned; in float32, which takes twice the room, with fewer loads ahead."
-    pairs = shape.tokens * shape.K / shape.E
-    is_small = pairs <= 8
-    ahead = 2 if shape.dtype == "float32" else 4 if is_small else 3
-    BD, BF = triton.next_power_of_2(shape.d), triton.next_power_of_2(shape.f)
+    pairs = shape.tokens * shape.K / shape.E  # of an expert
+    is_small, is_wide = pairs <= 8, shape.dtype == "float32"
+    D, F = triton.next_power_of_2(shape.d), triton.next_power_of_2(shape.f)
+    ahead = dict(num_warps=4, num_stages=2 if is_wide else 4 if is_small else 3)
+    more_warps = ahead if is_small else ahead | dict(num_warps=8)
     if is_small:
-        project = dict(BR=32, BK=128, num_warps=4, num_stages=ahead)
+        project = dict(BR=32, BK=128, **ahead)
     else:
-        project = dict(BR=128, BK=64, num_warps=4, num_stages=ahead)
+        project = dict(BR=64 if is_wide else 128, BK=64, **ahead)
     return dict(
-        decode_inner=dict(BN=8, BK=min(2048, BD), num_warps=8),
-        decode_hidden=dict(BF=min(64, BF), BR=128, num_warps=8),
-        decode_outer=dict(BD=16, BR=min(1024, BF), num_warps=8),
+        decode_inner=dict(BN=8, BK=min(2048, D), num_warps=8),
+        decode_hidden=dict(BF=min(64, F), BR=128, num_warps=8),
+        decode_outer=dict(BD=16, BR=min(1024, F), num_warps=8),
         blocks=dict(BM=16 if is_small else 32 if pairs <= 24 else 64),
         project=project,
-        hidden=dict(BF=64 if is_small else 128, BR=32, num_warps=4, num_stages=ahead),
+        hidden=dict(BF=64 if is_small else 128, BR=32, **more_warps),
         project_back=project,
-        expand=dict(BD=128, BR=32, num_warps=4, num_stages=ahead),
-        sum=dict(BN=min(1024, BF), num_warps=4),
+        expand=dict(BD=128, BR=32, **ahead),
+        sum=dict(BN=min(1024, F), num_warps=4),
     )
 
 
@@ -245,10 +246,10 @@ def call_of(
 # %% ../nbs/14_kernels.ipynb #6938fc68
 @jit
 def count_kernel(
-    expert_P,
+    expert_P,  # Expert of each pair
     counts_CE,  # Result: pairs of each expert in each chunk, int32, LANES to a row
-    P,
-    E,
+    P,  # Number of pairs
+    E,  # Number of experts
     CHUNK: tl.constexpr,  # Pairs of a program
     LANES: tl.constexpr,  # E, rounded up to a power of two
 ):
@@ -262,15 +263,15 @@ def count_kernel(
 # %% ../nbs/14_kernels.ipynb #e6685038
 @jit
 def place_pairs(
-    expert_P,
+    expert_P,  # Expert of each pair
     pair_P,  # Result: pairs in the order of their experts
     free_E,  # The next free place of each expert
     chunk,  # Number of the chunk
-    P,
-    E,
-    CHUNK: tl.constexpr,
-    LANES: tl.constexpr,
-    STEP: tl.constexpr,
+    P,  # Number of pairs
+    E,  # Number of experts
+    CHUNK: tl.constexpr,  # Pairs of a chunk
+    LANES: tl.constexpr,  # E, rounded up to a power of two
+    STEP: tl.constexpr,  # Pairs put down at a time
 ):
     "Put the pairs of one chunk in their places."
     for n in range(0, CHUNK, STEP):
@@ -290,9 +291,9 @@ def place_blocks(
     begin,  # First block to put down
     blocks,  # Length of the table
     stride,  # From one step to the next
-    LANES: tl.constexpr,
-    STEP: tl.constexpr,
-    BM: tl.constexpr,
+    LANES: tl.constexpr,  # E, rounded up to a power of two
+    STEP: tl.constexpr,  # Pairs put down at a time
+    BM: tl.constexpr,  # Pairs of a block
 ):
     "Put down every STEP blocks in `stride`."
     blocks_E = tl.cdiv(total_E, BM)
@@ -312,13 +313,13 @@ def place_blocks(
 
 @jit
 def place_kernel(
-    expert_P,
+    expert_P,  # Expert of each pair
     counts_CE,  # From `count_kernel`
     pair_P,  # Result: pairs in the order of their experts, int32
     table_B3,  # Result: expert, begin and end of each block in `pair_P`, int32; expert -1 where there is none
-    P,
-    E,
-    chunks,
+    P,  # Number of pairs
+    E,  # Number of experts
+    chunks,  # Number of chunks
     blocks,  # Length of the table, enough for any routing
     CHUNK: tl.constexpr,  # Pairs of a program
     LANES: tl.constexpr,  # E, rounded up to a power of two
@@ -376,13 +377,13 @@ def blocks_of(
     place_kernel[(chunks,)](*arguments, **constants)
     return Blocks(pair_P, table_B3, BM)
 
-# %% ../nbs/14_kernels.ipynb #43376084
+# %% ../nbs/14_kernels.ipynb #2f06fc5c
 @jit
 def pairs_of_block(
     pair_P,  # From `Blocks`
     table_B3,  # From `Blocks`
     block,  # Its number
-    BM: tl.constexpr,
+    BM: tl.constexpr,  # Pairs of a block
 ):
     "Expert of a block, the positions of its pairs in `pair_P`, the pairs, and which of the BM there are."
     row = table_B3 + 3 * block
@@ -398,16 +399,16 @@ def project_kernel(
     factor_Sn,  # Rows of all experts, one after the other
     out_Ps,  # Result
     pair_P,  # This and the next: `Blocks`
-    table_B3,
+    table_B3,  # From `Blocks`
     bounds,  # This and the next: `Rows`
-    s,
+    s,  # Of `Rows`
     tiles,  # Programs for one block
     K: tl.constexpr,  # Pairs that share a row of `x`
     WIDTH: tl.constexpr,  # n
     BY_PAIR: tl.constexpr,  # Rows of the result in the order of pairs; else in that of `pair_P`
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
+    BM: tl.constexpr,  # Pairs of a block
+    BR: tl.constexpr,  # Ranks at a time
+    BK: tl.constexpr,  # Columns at a time
 ):
     "One program: BM pairs of one expert against BR of its rows."
     block, part = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -436,7 +437,7 @@ def project_kernel(
 def project(
     call: Call,
     x: torch.Tensor,  # A row for each token, or for each pair
-    factor_Sn: torch.Tensor,
+    factor_Sn: torch.Tensor,  # V of gate and up, or G of down
     rows: Rows,
     blocks: Blocks,
     sizes: dict[str, int],  # Of tiles
@@ -461,16 +462,16 @@ def hidden_kernel(
     h_Pf,  # Result, in the order of pairs
     weight_P,  # Routing weights
     pair_P,  # This and the next: `Blocks`
-    table_B3,
+    table_B3,  # From `Blocks`
     bounds,  # This and the next: `Rows`
-    s,
+    s,  # Of `Rows`
     tiles,  # Programs for one block
-    K: tl.constexpr,
-    F: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BM: tl.constexpr,
-    BF: tl.constexpr,
-    BR: tl.constexpr,
+    K: tl.constexpr,  # Experts per token
+    F: tl.constexpr,  # Expert width
+    ACTIVATION: tl.constexpr,  # One of the values of `ACTIVATIONS`
+    BM: tl.constexpr,  # Pairs of a block
+    BF: tl.constexpr,  # Columns of a program
+    BR: tl.constexpr,  # Ranks at a time
 ):
     "One program: BM pairs of one expert, BF columns of h."
     block, part = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -523,14 +524,14 @@ def expand_kernel(
     factor_Sd,  # V of down
     y_Pd,  # Result, in the order of pairs
     pair_P,  # This and the next: `Blocks`
-    table_B3,
+    table_B3,  # From `Blocks`
     bounds,  # This and the next: `Rows`
-    s,
+    s,  # Of `Rows`
     tiles,  # Programs for one block
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    D: tl.constexpr,  # Model width
+    BM: tl.constexpr,  # Pairs of a block
+    BD: tl.constexpr,  # Columns of a program
+    BR: tl.constexpr,  # Ranks at a time
 ):
     "One program: BM pairs of one expert, BD columns of y."
     block, part = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -556,7 +557,7 @@ def expand_kernel(
 def expand(
     call: Call,
     t_Ps: torch.Tensor,  # From `project`
-    factor_Sd: torch.Tensor,
+    factor_Sd: torch.Tensor,  # V of down
     rows: Rows,
     blocks: Blocks,
 ) -> torch.Tensor:
@@ -574,13 +575,13 @@ def sum_kernel(
     value_Pn,  # A row for each pair
     base_Tn,  # What is added to the sum, if HAS_BASE
     out_Tn,  # Result
-    expert_P,
-    E,
+    expert_P,  # Expert of each pair
+    E,  # Number of experts
     tiles,  # Programs for one token
-    K: tl.constexpr,
+    K: tl.constexpr,  # Experts per token
     N: tl.constexpr,  # n
-    HAS_BASE: tl.constexpr,
-    BN: tl.constexpr,
+    HAS_BASE: tl.constexpr,  # Whether there is a base
+    BN: tl.constexpr,  # Columns of a program
 ):
     "One program: BN columns of one token."
     token = (tl.program_id(0) // tiles).to(tl.int64)
@@ -641,9 +642,9 @@ def products(
     factor,  # Pointer to rows of WIDTH numbers
     row,  # BN rows of it
     is_row,  # Which of them are wanted
-    WIDTH: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    WIDTH: tl.constexpr,  # Numbers in a row
+    BN: tl.constexpr,  # Columns of a program
+    BK: tl.constexpr,  # Columns at a time
 ):
     "The vector against each of the rows."
     k = tl.arange(0, BK)
@@ -661,7 +662,7 @@ def products(
 def rows_of_pair(
     bounds,  # Of `Rows`
     expert,  # Its number, or that of no expert
-    E,
+    E,  # Number of experts
 ):
     "First row of the expert, and how many it has: none where there is no such expert."
     is_known = is_expert(expert, E)
@@ -671,24 +672,24 @@ def rows_of_pair(
 # %% ../nbs/14_kernels.ipynb #62bbd2f5
 @jit
 def decode_inner_kernel(
-    x_Td,
+    x_Td,  # Tokens
     gate_fd,  # Core of gate
     up_fd,  # Core of up
-    V_Sd,
+    V_Sd,  # V of gate and up, which share it
     z_T2f,  # Result: `C x` of gate and up, side by side
     t_Ps,  # Result: `V x` of each pair
-    expert_P,
+    expert_P,  # Expert of each pair
     bounds,  # This and the next: `Rows`
-    s,
-    T,
-    P,
-    E,
+    s,  # Of `Rows`
+    T,  # Number of tokens
+    P,  # Number of pairs
+    E,  # Number of experts
     tiles,  # Programs for one pair
-    K: tl.constexpr,
-    F: tl.constexpr,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    K: tl.constexpr,  # Experts per token
+    F: tl.constexpr,  # Expert width
+    D: tl.constexpr,  # Model width
+    BN: tl.constexpr,  # Columns of a program
+    BK: tl.constexpr,  # Columns at a time
 ):
     "One program: BN rows of one matrix and one token."
     program = tl.program_id(0)
@@ -717,7 +718,11 @@ def decode_inner_kernel(
     tl.store(out + column, sums, mask=is_row)
 
 # %% ../nbs/14_kernels.ipynb #61c8b278
-def decode_inner(call: Call, layer: Layer, inner: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_inner(
+    call: Call,
+    layer: Layer,
+    inner: Rows,  # Of gate and up
+) -> tuple[torch.Tensor, torch.Tensor]:
     "`C x` of gate and up `[T, 2f]`, and `V x` of each pair `[P, s]`, in float32."
     (T, d), P, f = call.x_Td.shape, len(call.expert_P), len(layer.gate_fd)
     sizes = call.sizes["decode_inner"]
@@ -734,30 +739,31 @@ def decode_inner(call: Call, layer: Layer, inner: Rows) -> tuple[torch.Tensor, t
 @jit
 def decode_hidden_kernel(
     z_T2f,  # This and the next: from `decode_inner_kernel`
-    t_Ps,
+    t_Ps,  # From `decode_inner_kernel`
     gate_Sf,  # G of gate
     up_Sf,  # G of up
     down_Sf,  # G of down
     h_Pf,  # Result
     parts_CPs,  # Result: `G h` of each pair, as far as each block of columns contributes
-    expert_P,
+    expert_P,  # Expert of each pair
     weight_P,  # Routing weights
     inner_bounds,  # This and the next: `Rows` of gate and up
-    inner_s,
+    inner_s,  # Of `Rows`
     outer_bounds,  # This and the next: `Rows` of down
-    outer_s,
-    P,
-    E,
-    K: tl.constexpr,
-    F: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    outer_s,  # Of `Rows`
+    P,  # Number of pairs
+    E,  # Number of experts
+    K: tl.constexpr,  # Experts per token
+    F: tl.constexpr,  # Expert width
+    ACTIVATION: tl.constexpr,  # One of the values of `ACTIVATIONS`
     INNER_STEPS: tl.constexpr,  # Steps of BR in `inner_s`
     OUTER_STEPS: tl.constexpr,  # Steps of BR in `outer_s`
-    BF: tl.constexpr,
-    BR: tl.constexpr,
+    BF: tl.constexpr,  # Columns of a program
+    BR: tl.constexpr,  # Ranks at a time
 ):
     "One program: BF columns of one pair."
-    block, pair = tl.program_id(0) % tl.cdiv(F, BF), tl.program_id(0) // tl.cdiv(F, BF)
+    blocks = tl.cdiv(F, BF)
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     expert = tl.load(expert_P + pair)
     if (expert < 0) | (expert >= E):
         return
@@ -793,7 +799,8 @@ def decode_hidden_kernel(
         if step > 0:
             of_rank = (r < outer_rank)[:, None] & inside[None, :]
             down = tl.load(tile(down_Sf, outer_first + r, column, F), mask=of_rank, other=0.0)
-        tl.store(part + r, tl.sum(down.to(tl.float32) * h[None, :], 1), mask=r < outer_rank)
+        sums = tl.sum(down.to(tl.float32) * h[None, :], 1)
+        tl.store(part + r, sums, mask=r < outer_rank)
 
 # %% ../nbs/14_kernels.ipynb #dd6275e0
 def decode_hidden(
@@ -823,23 +830,23 @@ def decode_hidden(
 @jit
 def decode_outer_kernel(
     h_Pf,  # This and the next: from `decode_hidden_kernel`
-    parts_CPs,
+    parts_CPs,  # From `decode_hidden_kernel`
     down_fd,  # Core of down
     V_Sd,  # V of down
     y_Td,  # Result
-    expert_P,
+    expert_P,  # Expert of each pair
     bounds,  # This and the next: `Rows`
-    s,
-    T,
-    P,
-    E,
-    K: tl.constexpr,
-    F: tl.constexpr,
-    D: tl.constexpr,
+    s,  # Of `Rows`
+    T,  # Number of tokens
+    P,  # Number of pairs
+    E,  # Number of experts
+    K: tl.constexpr,  # Experts per token
+    F: tl.constexpr,  # Expert width
+    D: tl.constexpr,  # Model width
     PARTS: tl.constexpr,  # C, blocks of columns in `decode_hidden_kernel`
     STEPS: tl.constexpr,  # Steps of BR in the rows of all K experts
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BD: tl.constexpr,  # Columns of a program
+    BR: tl.constexpr,  # Ranks at a time
 ):
     "One program: BD columns of one token."
     token = tl.program_id(0) % T
