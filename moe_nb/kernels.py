@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['CHANGING', 'INTERPRETED', 'Sizes', 'TUNED', 'MOST_DECODED', 'ACTIVATIONS', 'DTYPES', 'NAME', 'jit', 'within',
-           'is_expert', 'tile', 'product', 'activated', 'Shape', 'usual_sizes', 'sizes_of', 'row_bounds', 'Rows',
-           'rows_of', 'expert_rows', 'Layer', 'layer_of', 'name_of', 'Call', 'call_of', 'count_kernel', 'place_pairs',
-           'place_blocks', 'place_kernel', 'Blocks', 'blocks_of', 'pairs_of_block', 'project_kernel', 'project',
-           'hidden_kernel', 'hidden', 'expand_kernel', 'expand', 'sum_kernel', 'sum_pairs', 'prefill', 'products',
-           'rows_of_pair', 'decode_inner_kernel', 'decode_inner', 'decode_hidden_kernel', 'decode_hidden',
-           'decode_outer_kernel', 'decode_outer', 'decode', 'fused', 'fused_operator', 'activation_of', 'obstacle',
-           'triton_forward']
+           'is_expert', 'tile', 'product', 'activated', 'Shape', 'usual_sizes', 'sizes_of', 'tuned_rows', 'use_tuned',
+           'row_bounds', 'Rows', 'rows_of', 'expert_rows', 'Layer', 'layer_of', 'name_of', 'Call', 'shape_of',
+           'call_of', 'count_kernel', 'place_pairs', 'place_blocks', 'place_kernel', 'Blocks', 'blocks_of',
+           'pairs_of_block', 'project_kernel', 'project', 'hidden_kernel', 'hidden', 'expand_kernel', 'expand',
+           'sum_kernel', 'sum_pairs', 'prefill', 'products', 'rows_of_pair', 'decode_inner_kernel', 'decode_inner',
+           'decode_hidden_kernel', 'decode_hidden', 'decode_outer_kernel', 'decode_outer', 'decode', 'fused',
+           'fused_operator', 'activation_of', 'obstacle', 'triton_forward']
 
 # %% ../nbs/14_kernels.ipynb #7255c7e9
+import json
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -108,7 +110,7 @@ class Shape(NamedTuple):
     f: int
     E: int
     K: int
-    inner: int  # The largest rank of gate and up, rounded up to sixteen
+    inner: int  # The largest rank of gate and up, rounded up to sixteen; zero for original experts
     outer: int  # That of down
     tokens: int  # T, rounded up to a power of two
 
@@ -145,6 +147,19 @@ def usual_sizes(shape: Shape) -> Sizes:
 def sizes_of(shape: Shape) -> Sizes:
     "Those that were found, and the usual ones for what was not tried."
     return usual_sizes(shape) | TUNED.get(shape, {})
+
+
+def tuned_rows() -> list[dict]:
+    "`TUNED` as a list for JSON."
+    return [dict(shape=shape._asdict(), sizes=sizes) for shape, sizes in TUNED.items()]
+
+
+def use_tuned(path: Path | str) -> None:
+    "From now on take the sizes that `moe-nb bench --tune` wrote into this results.json."
+    found = json.loads(Path(path).read_text(encoding="utf-8")).get("tuned")
+    if found is None:
+        raise ValueError(f"{path} holds no sizes of kernels: it was written without --tune")
+    TUNED.update({Shape(**row["shape"]): row["sizes"] for row in found})
 
 # %% ../nbs/14_kernels.ipynb #5de93e0c
 @remembered
@@ -226,22 +241,32 @@ class Call(NamedTuple):
         return torch.empty(shape, dtype=dtype or self.x_Td.dtype, device=self.x_Td.device)
 
 
+def shape_of(
+    x_Td: torch.Tensor,  # Tokens
+    top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
+    E: int,  # Number of experts
+    f: int,  # Expert width
+    ranks: tuple[int, int],  # `s` of gate and up, and of down; zeros for original experts
+) -> Shape:
+    "What the sizes for this call depend on."
+    (T, K), d = top_k_index.shape, x_Td.shape[1]
+    dtype = str(x_Td.dtype).removeprefix("torch.")
+    device, tokens = name_of(x_Td.device), triton.next_power_of_2(T)
+    return Shape(device, dtype, d, f, E, K, *ranks, tokens)
+
+
 def call_of(
     x_Td: torch.Tensor,  # Tokens
     top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
     top_k_weights: torch.Tensor,  # Their weights, `[T, K]`
     E: int,  # Number of experts
-    f: int,  # Expert width
-    ranks: tuple[int, int],  # The largest of gate and up, and of down
     activation: str,  # One of the values of `ACTIVATIONS`
+    sizes: Sizes,
 ) -> Call:
-    "The pairs of a call, and the sizes for it."
-    (T, d), K = x_Td.shape, top_k_index.shape[1]
-    dtype, tokens = str(x_Td.dtype).removeprefix("torch."), triton.next_power_of_2(T)
-    shape = Shape(name_of(x_Td.device), dtype, d, f, E, K, *ranks, tokens)
+    "The pairs of a call, flat."
     tensors = x_Td, top_k_index.flatten(), top_k_weights.flatten()
     contiguous = [tensor.contiguous() for tensor in tensors]
-    return Call(*contiguous, K, E, activation, sizes_of(shape))
+    return Call(*contiguous, top_k_index.shape[1], E, activation, sizes)
 
 # %% ../nbs/14_kernels.ipynb #6938fc68
 @jit
@@ -377,7 +402,7 @@ def blocks_of(
     place_kernel[(chunks,)](*arguments, **constants)
     return Blocks(pair_P, table_B3, BM)
 
-# %% ../nbs/14_kernels.ipynb #b10e154b
+# %% ../nbs/14_kernels.ipynb #2f06fc5c
 @jit
 def pairs_of_block(
     pair_P,  # From `Blocks`
@@ -933,8 +958,9 @@ def fused(
         return torch.empty_like(x_Td)
     layer = Layer(*(tensor.contiguous() for tensor in layer))
     inner, outer = rows_of(layer.inner_rank_E), rows_of(layer.outer_rank_E)
-    E, f, ranks = len(layer.inner_rank_E), len(layer.gate_fd), (inner.s, outer.s)
-    call = call_of(x_Td, top_k_index, top_k_weights, E, f, ranks, activation)
+    E, f = len(layer.inner_rank_E), len(layer.gate_fd)
+    shape = shape_of(x_Td, top_k_index, E, f, (inner.s, outer.s))
+    call = call_of(x_Td, top_k_index, top_k_weights, E, activation, sizes_of(shape))
     compute = decode if T <= MOST_DECODED else prefill
     with torch.cuda.device_of(x_Td):
         return compute(call, layer, inner, outer)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from moe_nb.compress import compress_model
 from moe_nb.fast_experts import FUSED, fastest
 from moe_nb.kernels import INTERPRETED, NAME, TUNED, Layer, triton_forward
 from moe_nb.layer import CompressionConfig
+from moe_nb.original_kernels import original_triton
 from moe_nb.shared_core import SharedCoreExperts, original_experts, random_experts
 from moe_nb.tiny import load_tiny
 
@@ -81,13 +83,17 @@ def relative(a, b):
 
 
 PYTEST = "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__
-NOTEBOOK = "-c", "from nbdev.test import nbdev_test; nbdev_test('nbs/14_kernels.ipynb', 'triton')"
+CELLS = """
+from nbdev.test import nbdev_test
+nbdev_test("nbs/14_kernels.ipynb", "triton")
+nbdev_test("nbs/15_original_kernels.ipynb", "triton")
+"""
 
 
 @pytest.mark.skipif(ON_GPU or bool(INTERPRETED), reason="kernels run in this process")
-@pytest.mark.parametrize("command", [PYTEST, NOTEBOOK], ids=["tests", "notebook"])
+@pytest.mark.parametrize("command", [PYTEST, ("-c", CELLS)], ids=["tests", "notebooks"])
 def test_kernels_under_the_interpreter(command):
-    "The tests of this file that run kernels, and the cells of the notebook that do"
+    "The tests of this file that run kernels, and the cells of the notebooks that do"
     variables = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, *command], env=variables, cwd=ROOT, capture_output=True, text=True
@@ -290,7 +296,12 @@ def test_kernels_compile_for_a_gpu(T, monkeypatch, tmp_path):
     layer = Layer(**tensors, inner_rank_E=rank_E, outer_rank_E=rank_E)
     x_Td, weights = (torch.empty(T, n, dtype=torch.bfloat16) for n in (d, K))
     kernels.fused(x_Td, torch.zeros(T, K, dtype=torch.int64), weights, list(layer), "silu")
-    assert len(launched) == (3 if T == 1 else 8)
+    rival = SimpleNamespace(
+        gate_up_proj=torch.empty(E, 2 * f, d, dtype=torch.bfloat16),
+        down_proj=torch.empty(E, d, f, dtype=torch.bfloat16),
+    )
+    original_triton(rival, x_Td, torch.zeros(T, K, dtype=torch.int64), weights)
+    assert len(launched) == (3 + 2 if T == 1 else 8 + 5)
     for kernel, arguments, options in launched:
         made = compiled_for_h100(kernel, arguments, options)
         assert made.metadata.shared <= 227 * 1024, kernel
