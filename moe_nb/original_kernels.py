@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['original_hidden_kernel', 'original_decode_hidden_kernel', 'original_decode_outer_kernel', 'usual_original_sizes',
-           'whole_rows', 'original_decode', 'original_prefill', 'original_triton']
+           'original_sizes_of', 'whole_rows', 'original_decode', 'original_prefill', 'original_triton']
 
 # %% ../nbs/15_original_kernels.ipynb #6c0d9c72
 from functools import lru_cache
@@ -139,7 +139,7 @@ def original_decode_outer_kernel(
     out = y_Td + token.to(tl.int64) * D + column
     tl.store(out, y.to(y_Td.dtype.element_ty), mask=within(column, D, BN))
 
-# %% ../nbs/15_original_kernels.ipynb #1c74d8b7
+# %% ../nbs/15_original_kernels.ipynb #2a8d8d0a
 def usual_original_sizes(shape: Shape) -> Sizes:
     "Sizes for a shape that was never tuned."
     usual = usual_sizes(shape)
@@ -154,6 +154,11 @@ def usual_original_sizes(shape: Shape) -> Sizes:
         down=project | dict(BR=64 if project["BR"] < 128 else 128),
         sum=usual["sum"],
     )
+
+
+def original_sizes_of(shape: Shape) -> Sizes:
+    "Those that were found, and the usual ones for what was not tried."
+    return usual_original_sizes(shape) | TUNED.get(shape, {})
 
 
 @lru_cache
@@ -217,8 +222,7 @@ def original_triton(
     weights = experts.gate_up_proj, experts.down_proj
     E, _, f = experts.down_proj.shape
     shape = shape_of(x_Td, top_k_index, E, f, ranks=(0, 0))
-    sizes = usual_original_sizes(shape) | TUNED.get(shape, {})
-    call = call_of(x_Td, top_k_index, top_k_weights, E, "silu", sizes)
+    call = call_of(x_Td, top_k_index, top_k_weights, E, "silu", original_sizes_of(shape))
     compute = original_decode if len(x_Td) <= MOST_DECODED else original_prefill
     with torch.cuda.device_of(x_Td):
         return compute(call, *weights)
