@@ -402,7 +402,7 @@ def blocks_of(
     place_kernel[(chunks,)](*arguments, **constants)
     return Blocks(pair_P, table_B3, BM)
 
-# %% ../nbs/14_kernels.ipynb #b10e154b
+# %% ../nbs/14_kernels.ipynb #2f06fc5c
 @jit
 def pairs_of_block(
     pair_P,  # From `Blocks`

@@ -6,7 +6,7 @@
 __all__ = ['original_hidden_kernel', 'original_decode_hidden_kernel', 'original_decode_outer_kernel', 'usual_original_sizes',
            'original_sizes_of', 'whole_rows', 'original_decode', 'original_prefill', 'original_triton']
 
-# %% ../nbs/15_original_kernels.ipynb #85720fe5
+# %% ../nbs/15_original_kernels.ipynb #6c0d9c72
 from functools import lru_cache
 
 import torch
@@ -37,7 +37,7 @@ from moe_nb.kernels import (
     within,
 )
 
-# %% ../nbs/15_original_kernels.ipynb #44fc6f02
+# %% ../nbs/15_original_kernels.ipynb #3c25d8e0
 @jit
 def original_hidden_kernel(
     x_Td,  # Tokens
@@ -80,7 +80,7 @@ def original_hidden_kernel(
     out = tile(h_Pf, pair, column, F)
     tl.store(out, h.to(h_Pf.dtype.element_ty), mask=is_pair[:, None] & is_column[None, :])
 
-# %% ../nbs/15_original_kernels.ipynb #914da526
+# %% ../nbs/15_original_kernels.ipynb #d1d2ecf0
 @jit
 def original_decode_hidden_kernel(
     x_Td,  # Tokens
@@ -139,7 +139,7 @@ def original_decode_outer_kernel(
     out = y_Td + token.to(tl.int64) * D + column
     tl.store(out, y.to(y_Td.dtype.element_ty), mask=within(column, D, BN))
 
-# %% ../nbs/15_original_kernels.ipynb #bc72af42
+# %% ../nbs/15_original_kernels.ipynb #2a8d8d0a
 def usual_original_sizes(shape: Shape) -> Sizes:
     "Sizes for a shape that was never tuned."
     usual = usual_sizes(shape)
