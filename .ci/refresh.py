@@ -1,6 +1,7 @@
 "Run notebooks in place and store their outputs: `python .ci/refresh.py [notebook or folder ...]`."
 
 import base64
+import importlib.util
 import io
 import os
 import sys
@@ -107,8 +108,11 @@ def main():
     os.environ.pop("IN_TEST", None)
     paths = list(notebooks(sys.argv[1:] or [ROOT / "nbs"]))
     os.chdir(ROOT)  # nbdev looks for settings.ini from the current folder
+    flags = set(get_config().tst_flags.split())
+    if importlib.util.find_spec("triton"):
+        flags.discard("triton")
     for path in paths:
-        refresh(path, frozenset(get_config().tst_flags.split()))
+        refresh(path, flags)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _hold_place() -> None:
 
 def _add_forms() -> None:
     "Put the faster forms of the experts behind the switch of transformers."
-    import_module("moe_nb.fast_experts")
+    import_module("moe_nb.kernels")  # which imports fast_experts
 
 
 _AFTER = {"transformers.quantizers.auto": _hold_place, "moe_nb.hf_format": _add_forms}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SMALL_REAL', 'IMPLEMENTATIONS', 'RESULTS', 'BY', 'FIGURES', 'Dims', 'BenchConfig', 'wide_rank',
-           'compressed_block', 'synchronize', 'interleaved', 'Peaks', 'measure_peaks', 'cost', 'block_calls',
-           'random_batch', 'block_row', 'bench_block', 'has_room', 'bench_blocks', 'fill', 'with_materialized',
+           'compressed_block', 'seconds_of', 'interleaved', 'captured', 'Peaks', 'measure_peaks', 'cost', 'block_calls',
+           'random_batch', 'times_as_fast', 'as_columns', 'forward_error', 'block_row', 'neighbours', 'tune',
+           'used_kernels', 'tune_block', 'bench_block', 'has_room', 'bench_blocks', 'fill', 'with_materialized',
            'random_model', 'model_forms', 'generated', 'model_rows', 'fit_row', 'distillation_row', 'bench_embedded',
            'bench_real', 'bench_models', 'measure', 'is_of_bench', 'check_results', 'run_bench', 'bench_summary']
 
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +30,23 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from .compress import compress_model
 from .config import check_positive, flag
 from .experts import find_experts
+from .fast_experts import grouped_forward
 from .files import check_result_file, replace_text, resolved_output, whole_file
 from .hf_names import cast_model
+from moe_nb.kernels import (
+    MOST_DECODED,
+    TUNED,
+    Shape,
+    Sizes,
+    layer_of,
+    rows_of,
+    shape_of,
+    sizes_of,
+    triton,
+    tuned_rows,
+)
 from .layer import CompressionConfig, fit_layer
+from .original_kernels import original_sizes_of, original_triton
 from .plots import plot_roofline, plot_speedups
 from moe_nb.shared_core import (
     SharedCoreExperts,
@@ -77,6 +93,11 @@ class BenchConfig:
     ratios: list[float] = flag("stored / original expert parameters", default=[0.12, 0.25, 0.5])
     device: str | None = flag("cuda or cpu; default cuda where torch finds a GPU", default=None)
     dtype: str = flag("float32 or bfloat16; default bfloat16 on cuda, float32 on cpu", default="")
+    tune: bool = flag(
+        "first try sizes of tiles for the kernels, in most of the time; needs a GPU. use_tuned of "
+        "moe_nb.kernels takes them from results.json",
+        default=False,
+    )
     threads: int = flag("threads on the CPU", default=1)
     repeats: int = flag(
         "most interleaved repeats of a measurement; fewer where time is short", default=9
@@ -98,6 +119,8 @@ class BenchConfig:
             raise ValueError(
                 "device: cuda is asked for, and torch finds no GPU here; pass --device cpu"
             )
+        if self.tune and (self.device != "cuda" or triton is None):
+            raise ValueError("tune needs a GPU and Triton: leave it out")
         if self.dtype not in ("", "float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16; got {self.dtype!r}")
         for name in ("tokens", "ratios"):
@@ -132,10 +155,19 @@ def compressed_block(
     return random_experts(original, gate=ranks, up=ranks, down=ranks)
 
 # %% ../nbs/63_bench.ipynb #c36d0405
-def synchronize(device: str) -> None:
-    "Wait for what a GPU was told to do."
-    if device == "cuda":
-        torch.cuda.synchronize()
+def seconds_of(call: Callable, device: str) -> float:
+    "Seconds of one call; on a GPU by the clock of the GPU, which waits for the launches of the call."
+    if device != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def interleaved(
@@ -151,15 +183,26 @@ def interleaved(
     for turn in range(repeats + 1):
         for name, call in calls.items():
             other.add_(1)
-            synchronize(device)
-            begin = time.perf_counter()
-            call()
-            synchronize(device)
+            spent = seconds_of(call, device)
             if turn:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(spent)
         if turn and time.perf_counter() - start > seconds:
             break
     return {name: statistics.median(values) for name, values in times.items()}
+
+# %% ../nbs/63_bench.ipynb #746053c7
+def captured(call: Callable) -> Callable:
+    "`call` as a CUDA graph."
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 # %% ../nbs/63_bench.ipynb #04b84aa0
 class Peaks(NamedTuple):
@@ -208,7 +251,7 @@ def block_calls(
     batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # Tokens, chosen experts, weights
     dims: Dims,
 ) -> dict[str, Callable]:
-    "Name -> call: each implementation of transformers on `original`, and `compressed`."
+    "Name -> call: each implementation of transformers on `original`, its kernels on a GPU, and `compressed`."
 
     def call_of(module, implementation):
         def call():
@@ -223,6 +266,8 @@ def block_calls(
     for name in IMPLEMENTATIONS:
         if name != "batched_mm" or pairs <= dims.E:
             calls[name] = call_of(original, name)
+    if batch[0].is_cuda and triton is not None:
+        calls["original_triton"] = lambda: original_triton(original, *batch)
     calls["compressed"] = call_of(compressed, "shared_core")
     return calls
 
@@ -239,7 +284,35 @@ def random_batch(
     x_Td = torch.randn(tokens, dims.d, device=like.device)
     return x_Td.to(like.dtype), index_TK, weights_TK.to(like.dtype)
 
+# %% ../nbs/63_bench.ipynb #5181e4d5
+def times_as_fast(
+    times: dict[str, float],  # Name of a form -> seconds
+    rivals: tuple[str, ...],  # Of those that were timed the fastest counts
+) -> float:
+    "How many times as fast as the fastest of `rivals` the compressed block is."
+    fastest = min(times[name] for name in rivals if name in times)
+    return round(fastest / times["compressed"], 2)
+
+
+def as_columns(
+    times: dict[str, float],  # Name of a form -> seconds
+    bound: float,  # Seconds that the compressed block takes at least
+    kind: str = "",  # What the names of the columns have before their unit
+) -> dict[str, float]:
+    "Milliseconds of each form, times as fast as the fastest original, share of the roofline."
+    columns = {f"{name}{kind}_ms": round(1e3 * value, 3) for name, value in times.items()}
+    columns[f"speedup{kind}"] = times_as_fast(times, IMPLEMENTATIONS)
+    columns[f"roofline{kind}"] = round(bound / times["compressed"], 2)
+    return columns
+
 # %% ../nbs/63_bench.ipynb #02e9799f
+@torch.no_grad()
+def forward_error(compressed: SharedCoreExperts, batch: tuple[torch.Tensor, ...]) -> float:
+    "Relative difference of the form that is taken from the grouped form of torch operators."
+    expected = grouped_forward(compressed, *batch).float()
+    return float(f"{(compressed(*batch).float() - expected).norm() / expected.norm():.1e}")
+
+
 def block_row(
     name: str,  # One of `MODELS`
     ratio: float,  # Of the compressed block
@@ -249,23 +322,93 @@ def block_row(
     config: BenchConfig,
     seconds: float,  # For this row
 ) -> dict:
-    "One line of the table: milliseconds of each form, times as fast as the fastest original, share of the roofline."
+    "One line of the table; on a GPU with the times in CUDA graphs too."
     dims, like = MODELS[name], blocks[0].down_proj
-    calls = block_calls(*blocks, random_batch(dims, tokens, like), dims)
-    times = interleaved(calls, config.device, config.repeats, seconds)
-    ours = times["compressed"]
-    fastest = min(value for form, value in times.items() if form != "compressed")
+    batch = random_batch(dims, tokens, like)
+    calls = block_calls(*blocks, batch, dims)
     operations, moved = cost(dims, ratio, tokens, like.element_size())
     bound = max(operations / peaks.operations, moved / peaks.bytes)
-    milliseconds = {f"{form}_ms": round(1e3 * value, 3) for form, value in times.items()}
-    return dict(
-        model=name,
-        ratio=ratio,
-        tokens=tokens,
-        **milliseconds,
-        speedup=round(fastest / ours, 2),
-        roofline=round(bound / ours, 2),
-    )
+    row = dict(model=name, ratio=ratio, tokens=tokens)
+    if config.device != "cuda":
+        times = interleaved(calls, config.device, config.repeats, seconds)
+        return row | as_columns(times, bound)
+    times = interleaved(calls, config.device, config.repeats, seconds / 2)
+    graphs = {form: captured(call) for form, call in calls.items() if form != "eager"}
+    graph_times = interleaved(graphs, config.device, config.repeats, seconds / 2)
+    row |= as_columns(times, bound) | as_columns(graph_times, bound, "_graph")
+    if "original_triton" in graphs:
+        row["speedup_triton_graph"] = times_as_fast(graph_times, ("original_triton",))
+    return row | dict(error=forward_error(blocks[1], batch))
+
+# %% ../nbs/63_bench.ipynb #96e46c96
+def neighbours(sizes: dict[str, int]) -> list[dict[str, int]]:
+    """These sizes with one of them halved or doubled; loads ahead are one fewer or one more.
+
+    >>> neighbours(dict(BM=1, num_stages=3))
+    [{'BM': 2, 'num_stages': 3}, {'BM': 1, 'num_stages': 2}, {'BM': 1, 'num_stages': 4}]
+    """
+    found = []
+    for name, value in sizes.items():
+        others = (value - 1, value + 1) if name == "num_stages" else (value // 2, 2 * value)
+        found += [sizes | {name: other} for other in others if other >= 1]
+    return found
+
+
+def tune(
+    call: Callable,  # A forward by kernels, without arguments
+    shape: Shape,  # Of that call
+    sizes: Sizes,  # Those of its kernels to begin with
+    measure: Callable[[Callable], float],  # Seconds of a call
+    deadline: float,  # When to have ended, by `time.perf_counter`
+) -> None:
+    "Put the fastest sizes that were found into `TUNED`."
+    TUNED[shape] = best = dict(sizes)
+    least = measure(call)
+    for kernel in sizes:
+        is_better = True
+        while is_better:
+            is_better = False
+            for trial in neighbours(best[kernel]):
+                if time.perf_counter() > deadline:
+                    break
+                TUNED[shape] = best | {kernel: trial}
+                try:
+                    seconds = measure(call)
+                except (triton.CompilationError, triton.OutOfResources):
+                    continue
+                if seconds < 0.98 * least:
+                    chosen, least, is_better = trial, seconds, True
+            if is_better:
+                best[kernel] = chosen
+    TUNED[shape] = best
+
+# %% ../nbs/63_bench.ipynb #cae22027
+def used_kernels(sizes: Sizes, tokens: int) -> Sizes:
+    "Those of kernels that a call with so many tokens launches."
+    is_decoded = tokens <= MOST_DECODED
+    return {name: value for name, value in sizes.items() if name.startswith("decode") == is_decoded}
+
+
+def tune_block(
+    blocks: tuple[nn.Module, SharedCoreExperts],  # Original and compressed
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # Tokens, chosen experts, weights
+    dims: Dims,
+    seconds: float,  # For both
+) -> None:
+    "Tune the kernels of both blocks for the number of tokens in `batch`."
+
+    def measure(call):
+        return interleaved({"call": captured(call)}, "cuda", 9, 1.0)["call"]
+
+    layer, calls = layer_of(blocks[1]), block_calls(*blocks, batch, dims)
+    ranks = rows_of(layer.inner_rank_E).s, rows_of(layer.outer_rank_E).s
+    for form, ranks, sizes_for in (
+        ("compressed", ranks, sizes_of),
+        ("original_triton", (0, 0), original_sizes_of),
+    ):
+        shape = shape_of(batch[0], batch[1], dims.E, dims.f, ranks)
+        sizes = used_kernels(sizes_for(shape), len(batch[0]))
+        tune(calls[form], shape, sizes, measure, time.perf_counter() + seconds / 2)
 
 # %% ../nbs/63_bench.ipynb #96c96f0b
 def bench_block(
@@ -286,6 +429,10 @@ def bench_block(
         if rows and left < last_seconds * min(8, tokens / last_tokens):
             return rows, [f"{name} at {ratio}, {tokens} tokens: no time left"]
         sizes_left = len(config.tokens) - position
+        if config.tune:
+            batch = random_batch(MODELS[name], tokens, original.down_proj)
+            tune_block(blocks, batch, MODELS[name], 0.7 * left / sizes_left)
+            left = end - time.perf_counter()
         row = block_row(name, ratio, tokens, blocks, peaks, config, left / (2 * sizes_left))
         turn = sum(value for key, value in row.items() if key.endswith("_ms")) / 1e3
         last_tokens, last_seconds = tokens, 2 * turn
@@ -485,11 +632,8 @@ def fit_row(
     config: BenchConfig,
 ) -> dict:
     "Seconds to fit one layer without calibration."
-    synchronize(config.device)
-    begin = time.perf_counter()
-    fit_layer(experts, CompressionConfig(ratio=ratio))
-    synchronize(config.device)
-    taken = time.perf_counter() - begin
+    fit = partial(fit_layer, experts, CompressionConfig(ratio=ratio))
+    taken = seconds_of(fit, config.device)
     return dict(model=label, ratio=ratio, fit_seconds_per_layer=round(taken, 2))
 
 
@@ -575,6 +719,8 @@ def measure(config: BenchConfig) -> dict:
         device = torch.cuda.get_device_name()
     else:
         left_out.append("everything on a GPU: torch finds none, or --device cpu was given")
+    if config.tune:
+        tables["tuned"] = tuned_rows()
     return dict(
         device=device,
         torch=torch.__version__,

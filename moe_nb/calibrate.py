@@ -316,7 +316,8 @@ def calibrate(
         collect_moments(model, sequences[middle:]),
     )
     moments = {}
-    for name in first:
-        prior = likeliest_prior(first[name], second[name])
-        moments[name] = replace(first[name] + second[name], prior_tokens=prior)
+    for name in list(first):
+        one, other = first.pop(name), second.pop(name)  # let go of layer by layer
+        prior = likeliest_prior(one, other)
+        moments[name] = replace(one + other, prior_tokens=prior)
     return moments

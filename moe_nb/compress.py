@@ -47,14 +47,14 @@ from .text import calibration_sequences, check_token_ids
 def model_groups(
     experts: dict[str, nn.Module],  # To compress
     config: CompressionConfig,
-    moments: dict,  # Experts module -> `Moments`
+    moments: dict,  # Experts module -> `Moments`; emptied, layer by layer, as they become metrics
 ) -> dict[tuple[str, ...], Group]:
     "(experts module, projections...) -> group with its metric, for all layers."
     groups = {}
     for name, module in experts.items():
-        weights = read_experts(module)
+        weights, seen = read_experts(module), moments.pop(name)
         for projections in projection_groups(config, weights):
-            groups[name, *projections] = weighted_group(weights, projections, moments[name])
+            groups[name, *projections] = weighted_group(weights, projections, seen)
     return groups
 
 
@@ -71,6 +71,7 @@ def fit_model(
     for module in tqdm(experts.values(), desc="aligning", unit="layer", leave=False):
         align_layer(module, config)
     moments = calibrate(model, calibration)
+    unseen = {name: (moments[name].tokens == 0).nonzero().flatten().tolist() for name in experts}
     groups = model_groups(experts, config, moments)
     budget = config.ratio * sum(group.X_Emd.numel() for group in groups.values())
     options = dict(multiple=config.rank_multiple, interpolative=config.is_interpolative)
@@ -78,7 +79,6 @@ def fit_model(
     fitted = {name: {} for name in experts}
     for (name, *projections), group in groups.items():
         fitted[name] |= zip(projections, pack_group(group))
-    unseen = {name: (moments[name].tokens == 0).nonzero().flatten().tolist() for name in experts}
     return fitted, unseen
 
 # %% ../nbs/27_compress.ipynb #f6f984c5

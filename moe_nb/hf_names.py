@@ -35,7 +35,11 @@ from transformers.core_model_loading import (
 )
 from transformers.dynamic_module_utils import resolve_trust_remote_code
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    _grouped_mm,
+)
 from transformers.modeling_utils import (
     LoadStateDictConfig,
     remove_tied_weights_from_state_dict,
