@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['served_experts', 'like_tokens', 'check_engine', 'SharedCoreMethod', 'opened', 'method_for', 'layers_here',
-           'check_taken', 'completely']
+           'check_taken', 'mark_unread', 'check_read', 'completely']
 
 # %% ../nbs/38_vllm_experts.ipynb #840db653
 from functools import cache, wraps
@@ -103,8 +103,9 @@ class SharedCoreMethod(FusedMoEMethodBase):
         if parallel.use_ep:
             rank, size = parallel.ep_rank, parallel.ep_size
         place = dict(dtype=layer.params_dtype, device=self.moe.device)
-        self.share = load_share(self.served, self.number, rank, size, **place)
-        layer.shared_core = lay_out(self.share.experts)
+        with torch.inference_mode(False):  # else torch counts no changes, and ranks are read anew
+            self.share = load_share(self.served, self.number, rank, size, **place)
+            layer.shared_core = lay_out(self.share.experts)
         eager = get_current_vllm_config().model_config.enforce_eager
         on_gpu = torch.device(self.moe.device).type != "cpu"
         if on_gpu and not eager and not is_usual(layer.shared_core):
@@ -144,7 +145,7 @@ def method_for(
     served, number = opened(folder), extract_layer_index(prefix)
     return SharedCoreMethod(served, layer, number) if number in served.layers else None
 
-# %% ../nbs/38_vllm_experts.ipynb #d955ff6c
+# %% ../nbs/38_vllm_experts.ipynb #4d716e57
 def layers_here(served: Served) -> range:
     "Numbers of the layers of this process, a part of all under pipeline parallel."
     layers = served.model.config.get_text_config(decoder=True).num_hidden_layers
@@ -166,17 +167,42 @@ def check_taken(model: nn.Module, served: Served) -> None:
             f"{type(model).__name__} of vLLM has another way to run {left[0]}; --model-impl transformers may do",
         )
 
-# %% ../nbs/38_vllm_experts.ipynb #3d3af791
+# %% ../nbs/38_vllm_experts.ipynb #fd27d5ae
+@torch.no_grad()
+def mark_unread(model: nn.Module) -> None:
+    "Fill all parameters of `model` with NaN."
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.fill_(torch.nan)
+
+
+@torch.no_grad()
+def check_read(model: nn.Module, folder: str) -> None:
+    "Raise `ValueError` naming a parameter of `model` that holds NaN."
+    missing = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() and parameter.amax().isnan():
+            missing.append(name)
+    if missing:
+        raise ValueError(
+            f"{folder} is incomplete for {type(model).__name__} of vLLM: nothing was read into {missing[0]} "
+            f"({len(missing)} parameters in all); copy it again"
+        )
+
+# %% ../nbs/38_vllm_experts.ipynb #e7a2e224
 def completely(load_weights):
     "`load_weights` of a loader; for a compressed model it names what is missing."
 
     @wraps(load_weights)
     def load(loader, model, model_config):
-        if model_config.quantization == METHOD:
-            check_taken(model, opened(get_current_vllm_config().quant_config.folder))
-            model.allow_patterns_overrides = ["non_moe_weights*.safetensors"]
-            loader.enable_weights_track = True
-        return load_weights(loader, model, model_config)
+        if model_config.quantization != METHOD:
+            return load_weights(loader, model, model_config)
+        folder = get_current_vllm_config().quant_config.folder
+        check_taken(model, opened(folder))
+        model.allow_patterns_overrides = ["non_moe_weights*.safetensors"]
+        mark_unread(model)
+        load_weights(loader, model, model_config)
+        check_read(model, folder)
 
     return load
 

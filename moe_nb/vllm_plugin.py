@@ -6,6 +6,8 @@
 __all__ = ['VERSIONS', 'check_version', 'SharedCoreServing', 'register']
 
 # %% ../nbs/39_vllm_plugin.ipynb #09277111
+from pathlib import Path
+
 import torch
 import vllm
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -48,7 +50,17 @@ class SharedCoreServing(QuantizationConfig):
         check_version(vllm.__version__)
         return cls()
 
-    def maybe_update_config(self, model_name, *args, **kwargs):
+    def maybe_update_config(
+        self,
+        model_name: str,  # Directory or hub id
+        hf_config=None,  # Not used: the directory is read anyway
+        revision: str | None = None,  # Of a hub id
+    ):
+        if revision is not None and not Path(model_name).is_dir():
+            raise ValueError(
+                f"{model_name}: a compressed model is served of its newest revision, not of {revision}; "
+                f"pass the directory that `hf download {model_name} --revision {revision}` prints"
+            )
         from moe_nb.serve import open_served
         from moe_nb.sources import model_folder
 

@@ -8,28 +8,29 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from families import tiny_model
-from moe_nb.checkpoint import load_compressed_model, save_compressed_model
+from harness import exit_code, kill, start_command, until
+from moe_nb.checkpoint import INDEXES, load_compressed_model, save_compressed_model
 from moe_nb.compress import compress_model
-from moe_nb.export import export_to_hf_format
 from moe_nb.hf_format import METHOD
 from moe_nb.layer import CompressionConfig
 from moe_nb.serve import load_share, open_served, served_forward
 from moe_nb.shared_core import compressed_experts
+from moe_nb.sources import METADATA
 from moe_nb.testing import fails
-from moe_nb.tiny import load_tiny, tiny_path, tiny_text
+from moe_nb.tiny import load_tiny, tiny_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = (ROOT / "moe_nb/vllm_plugin.py").read_text(encoding="utf-8")
@@ -55,7 +56,7 @@ def test_entry_point_imports_what_vllm_has():
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             found.append(node.module if not node.level else "moe_nb")
-    assert {name.split(".")[0] for name in found} == {"torch", "vllm"}
+    assert {name.split(".")[0] for name in found} == {"pathlib", "torch", "vllm"}
 
 
 LAYOUTS = ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_vl_moe"]
@@ -152,6 +153,66 @@ def embedded(tmp_path_factory):
     return folder, prompts, greedy(model, prompts, 48)
 
 
+SIZES = dict(hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+FAMILIES = {  # Further sizes, and whose classes: vLLM's own where its export agrees with transformers
+    "qwen2_moe": ({}, "vllm"),
+    "mixtral": ({}, "vllm"),
+}
+NOTEBOOKS = ["nbs/38_vllm_experts.ipynb", "nbs/39_vllm_plugin.ipynb", "nbs/tutorials/serve.ipynb"]
+
+
+def without_tensor(folder, ending):
+    "Take a tensor out of the weights outside the experts, and out of every list of them"
+    file = folder / "non_moe_weights.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith(ending)]
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    index = json.loads((folder / INDEXES["safetensors"]).read_text())
+    del index["weight_map"][name]
+    (folder / INDEXES["safetensors"]).write_text(json.dumps(index))
+    metadata = json.loads((folder / METADATA).read_text())
+    for path in (file, folder / INDEXES["safetensors"]):
+        metadata["files"][path.name]["size"] = path.stat().st_size
+    (folder / METADATA).write_text(json.dumps(metadata))
+
+
+@contextmanager
+def server(folder):
+    "vLLM's server of a model on a free port of this machine; yields a function that asks it"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    log = folder.parent / "server.log"
+    child = start_command(command, log, os.environ | ENVIRONMENT)
+
+    def ask(path, order=None):
+        "The answer to one request"
+        body = None if order is None else json.dumps(dict(model=str(folder)) | order).encode()
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, head)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.loads(answer.read() or "null")
+
+    def is_up():
+        assert exit_code(child, 0) is None, log.read_text()[-3000:]
+        try:
+            ask("/health")
+        except OSError:
+            time.sleep(1)
+            return False
+        return True
+
+    try:
+        until(is_up, seconds=300)
+        yield ask
+    finally:
+        kill(child)
+
+
 class TestVllm:
     pytestmark = needs_vllm
 
@@ -177,3 +238,96 @@ class TestVllm:
         (answer,) = run([job(folder, prompts, **two)])
         assert answer.get("texts") == expected, answer.get("error")
         assert len(answer["bytes"]) == 2
+
+    def test_answers_over_http(self, embedded):
+        "A server as `vllm serve` starts it, with no flag that concerns compression; asked as OpenAI's is"
+        folder, prompts, expected = embedded
+        with server(folder) as ask:
+            for ids, text in zip(prompts, expected):
+                order = dict(prompt=ids, max_tokens=48, temperature=0, ignore_eos=True)
+                answer = ask("/v1/completions", order | dict(return_token_ids=True))
+                assert answer["choices"][0]["token_ids"] == text
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_family(self, family, tmp_path):
+        "A random model of the family writes what transformers writes, by vLLM's class or by that of transformers"
+        overrides, backend = FAMILIES[family]
+        model, _ = compress_model(tiny_model(family, SIZES | overrides), QUICK)
+        save_compressed_model(model, tmp_path / "compressed")
+        draw = torch.Generator().manual_seed(0)
+        prompts = torch.randint(1, 120, (12, 6), generator=draw).tolist()
+        options = dict(skip_tokenizer_init=True, model_impl=backend)
+        (answer,) = run(
+            [job(tmp_path / "compressed", prompts, **options)], VLLM_ENABLE_V1_MULTIPROCESSING="0"
+        )
+        assert answer.get("texts") == greedy(model, prompts, 48), answer.get("error")
+
+    def test_what_is_wrong_is_said(self, embedded, tmp_path):
+        "One error each, before anything is served; an unsupported vLLM is named"
+        folder, prompts, _ = embedded
+        cases = {}
+
+        def case(name, *words):
+            cases[name] = words
+            shutil.copytree(folder, tmp_path / name)
+            return tmp_path / name
+
+        file = (
+            case("cut", "layer_1/up_proj.safetensors", "incomplete") / "layer_1/up_proj.safetensors"
+        )
+        file.write_bytes(file.read_bytes()[:-1000])
+        shutil.rmtree(case("missing", "layer_2/", "missing") / "layer_2")
+        without_tensor(
+            case("forgotten", "nothing was read", "qkv_proj"), "layers.1.self_attn.k_proj.weight"
+        )
+        unserved, _ = compress_model(tiny_model("longcat_flash"), QUICK)
+        save_compressed_model(unserved, tmp_path / "unserved")
+        cases["unserved"] = ("as it is", "moe-nb export")
+        model = load_compressed_model(folder, device_map={"": "cpu"})
+        save_compressed_model(model, tmp_path / "pt", weights_format="pt")
+        cases["pt"] = (".pt", "moe-nb export")
+        jobs = [job(tmp_path / name, prompts, skip_tokenizer_init=True) for name in cases]
+        answers = run(jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        for words, answer in zip(cases.values(), answers):
+            assert all(word in answer["error"] for word in words), answer
+
+    def test_another_version_is_refused(self, embedded):
+        "By name, where a compressed model is asked for"
+        folder, _, _ = embedded
+        program = (
+            "import vllm; vllm.__version__ = '0.31.0'\n"
+            f"from vllm import LLM; LLM({str(folder)!r}, max_model_len=64)"
+        )
+        environment = os.environ | ENVIRONMENT
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode and "found 0.31.0" in done.stderr, done.stderr[-2000:]
+
+    def test_registering_takes_no_time(self):
+        "Below 50 ms beside what vLLM imports, and without the rest of this package"
+        program = (
+            "import sys, time, vllm, vllm.engine.arg_utils\n"
+            "start = time.perf_counter()\n"
+            "from moe_nb.vllm_plugin import register; register(); register()\n"
+            "took = time.perf_counter() - start\n"
+            "rooms = [name for name in sys.modules if name.startswith('moe_nb.')]\n"
+            "print('TOOK', took, *rooms)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        took, *rooms = re.search("^TOOK (.*)$", done.stdout, re.M)[1].split()
+        assert rooms == ["moe_nb.vllm_plugin"] and float(took) < 0.05
+
+    @pytest.mark.parametrize("notebook", NOTEBOOKS)
+    def test_notebook_runs_with_vllm(self, notebook):
+        "Also the cells that are left out elsewhere"
+        command = "nbdev_test --path {} --do_print --flags vllm --timing".format(ROOT / notebook)
+        environment = os.environ | ENVIRONMENT | dict(VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        done = subprocess.run(
+            [sys.executable, "-m", "nbdev.cli", *command.split()[1:]],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""A program that serves models with vLLM and prints what they write; for test_vllm.py, each run in a process of its own.
+"""A program that serves models with vLLM and prints what they write; test_vllm.py runs it in a process of its own.
 
 Takes one argument, the jobs as JSON: options of `LLM`, prompts as lists of token ids, and how many tokens to write."""
 
@@ -42,4 +42,6 @@ def main():
 
 
 if __name__ == "__main__":
+    from vllm_run import main  # a worker can import `bytes_of` from there
+
     main()
