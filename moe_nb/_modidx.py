@@ -843,6 +843,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'moe_nb.serve': { 'moe_nb.serve.Served': ('serve.html#served', 'moe_nb/serve.py'),
                               'moe_nb.serve.Share': ('serve.html#share', 'moe_nb/serve.py'),
                               'moe_nb.serve.chosen_experts': ('serve.html#chosen_experts', 'moe_nb/serve.py'),
+                              'moe_nb.serve.empty_compressed': ('serve.html#empty_compressed', 'moe_nb/serve.py'),
                               'moe_nb.serve.expert_costs': ('serve.html#expert_costs', 'moe_nb/serve.py'),
                               'moe_nb.serve.lay_out': ('serve.html#lay_out', 'moe_nb/serve.py'),
                               'moe_nb.serve.layer_tensors': ('serve.html#layer_tensors', 'moe_nb/serve.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'RANKS_OF', 'CPU_ROOM', 'CUDA_ROOM', 'MULTIPLES', 'refuse', 'numbered', 'unserved', 'layer_tensors', 'Served',
-           'open_served', 'share_bounds', 'expert_costs', 'no_rows', 'read_part', 'read_share', 'with_fewer',
-           'chosen_experts', 'Share', 'load_share', 'served_forward', 'padded_factor', 'padded_core', 'padded_parts',
-           'lay_out']
+           'empty_compressed', 'open_served', 'share_bounds', 'expert_costs', 'no_rows', 'read_part', 'read_share',
+           'with_fewer', 'chosen_experts', 'Share', 'load_share', 'served_forward', 'padded_factor', 'padded_core',
+           'padded_parts', 'lay_out']
 
 # %% ../nbs/37_serve.ipynb #7dd99495
 import copy
@@ -22,7 +22,7 @@ from .experts import Layout, layout_of
 from .fast_experts import host_ranks, is_usual
 from .hf_format import empty_experts
 from .plan import described_model
-from .shards import LazyTensor, open_shard
+from .shards import LazyTensor, open_shard, runtime_names
 from .shared_core import SharedCore, SharedCoreExperts
 from .sources import read_index
 
@@ -67,45 +67,54 @@ def unserved(experts: nn.Module) -> str | None:
         return f"{kind} takes tokens that are weighted before the experts, and not after them"
     return None
 
-# %% ../nbs/37_serve.ipynb #43e5034b
+# %% ../nbs/37_serve.ipynb #5eb536d6
 def layer_tensors(
     folder: Path,  # A compressed directory
-    listed: dict[str, str],  # Tensor -> file, of one layer
+    listed: dict[str, tuple[str, str]],  # Name within the experts module -> file, and name in it
     expected: dict[str, torch.Tensor],  # Of the experts module, on the meta device
 ) -> dict[str, LazyTensor]:
     "Name within the experts module -> tensor in the files; `ValueError` names what is missing or has another shape."
-    files: dict[str, list[str]] = {}
-    for name, file in listed.items():
-        files.setdefault(file, []).append(name)
-    stored = {}
-    for file, names in files.items():
-        stored |= open_shard(folder / file, names)
+    opened = {file: open_shard(folder / file, None) for file, _ in listed.values()}
     tensors = {}
     for key, like in expected.items():
-        found = [name for name in stored if name.endswith(f".{key}")]
-        if not found:
-            where = ", ".join(files) or "no file"
+        if key not in listed:
+            where = ", ".join(opened) or "no file"
             raise ValueError(
                 f"{folder} is incomplete: expected {key}, found none in {where}; copy it again"
             )
-        tensors[key] = stored[found[0]]
+        file, name = listed[key]
+        if name not in opened[file]:
+            raise ValueError(f"{folder / file} lacks {name}, which the index lists; copy it again")
+        tensors[key] = opened[file][name]
         if tensors[key].shape != like.shape:
             shapes = f"{list(like.shape)}, found {list(tensors[key].shape)}"
             raise ValueError(
-                f"{folder}: {found[0]}: expected the shape {shapes}; copy the directory again"
+                f"{folder / file}: {name}: expected the shape {shapes}; copy the directory again"
             )
     return tensors
 
-# %% ../nbs/37_serve.ipynb #f35a8da7
+# %% ../nbs/37_serve.ipynb #8b89298f
 class Served(NamedTuple):
     "A compressed directory, checked and opened; no weight is read yet."
 
     folder: Path
-    model: nn.Module  # Of transformers, on the meta device
+    model: nn.Module  # Of transformers, with compressed experts, on the meta device
     layers: dict[int, str]  # Number of a layer -> its experts module
     stored: dict[
         str, dict[str, LazyTensor]
     ]  # Experts module -> name within it -> tensor in the files
+
+
+def empty_compressed(folder: Path, metadata: dict) -> nn.Module:
+    "The model of transformers with compressed experts, on the meta device; `ValueError` where it can not be served."
+    model = described_model(folder)
+    for entry in metadata["layers"].values():
+        original = model.get_submodule(entry["module"])
+        reason = unserved(original)
+        if reason:
+            refuse(folder, reason)
+        model.set_submodule(entry["module"], empty_experts(original, entry["projections"]))
+    return model
 
 
 def open_served(folder: Path) -> Served:
@@ -115,20 +124,22 @@ def open_served(folder: Path) -> Served:
     metadata = verify_directory(folder, hashes=False)
     if metadata["weights_format"] != "safetensors":
         refuse(folder, "its weights are .pt files, which can not be read in part")
-    folders = {entry["module"]: name for name, entry in metadata["layers"].items()}
-    layers = numbered(folder, list(folders))
-    listed = read_index(folder / INDEXES["safetensors"])
-    model = described_model(folder)
+    modules = {layer: entry["module"] for layer, entry in metadata["layers"].items()}
+    layers = numbered(folder, list(modules.values()))
+    model = empty_compressed(folder, metadata)
+    index = read_index(folder / INDEXES["safetensors"])
+    files = {name: file for name, file in index.items() if file.partition("/")[0] in modules}
+    listed: dict[str, dict] = {module: {} for module in layers.values()}
+    for name, runtime in runtime_names(model, files).items():
+        module = modules[files[name].partition("/")[0]]
+        listed[module][runtime.removeprefix(f"{module}.")] = files[name], name
     stored = {}
-    for module, name in folders.items():
-        original = model.get_submodule(module)
-        reason = unserved(original)
-        if reason:
-            refuse(folder, reason)
-        projections = metadata["layers"][name]["projections"]
-        expected = empty_experts(original, projections).state_dict()
-        files = {key: file for key, file in listed.items() if file.startswith(f"{name}/")}
-        stored[module] = layer_tensors(folder, files, expected)
+    for module, tensors in listed.items():
+        experts = model.get_submodule(module)
+        expected = experts.state_dict()
+        for name in experts.layout.weights:  # shapes of what was replaced
+            del expected[name]
+        stored[module] = layer_tensors(folder, tensors, expected)
     return Served(folder, model, layers, stored)
 
 # %% ../nbs/37_serve.ipynb #c8b2c99d
@@ -204,8 +215,6 @@ def read_share(
         state |= {own[name]: value for name, value in read.items()}
     for key in stored.keys() - state.keys():
         state[key] = stored[key][experts if key in layout.biases else ...]
-        if key in layout.weights:  # the shape of what was replaced
-            state[key][0] = experts.stop - experts.start
     return state
 
 # %% ../nbs/37_serve.ipynb #26600e2f
@@ -256,7 +265,7 @@ def load_share(
 ) -> Share:
     "Read the experts of one rank; `ValueError` where there are more ranks than experts."
     module = served.layers[number]
-    stored, original = served.stored[module], served.model.get_submodule(module)
+    stored, original = served.stored[module], served.model.get_submodule(module).template
     chosen = chosen_experts(served, module, rank, size)
     shapes: dict[str, dict] = {}
     state = read_share(stored, layout_of(original), chosen)
@@ -266,6 +275,8 @@ def load_share(
             shapes.setdefault(part, {})[name] = list(value.shape)
         state[key] = value.to(device, dtype if value.is_floating_point() else value.dtype)
     experts = empty_experts(with_fewer(original, chosen.stop - chosen.start), shapes)
+    for name in experts.layout.weights:
+        state[name] = torch.tensor(getattr(experts.template, name).shape)
     experts.load_state_dict(state, assign=True)
     return Share(experts.requires_grad_(False).eval(), chosen.start)
 

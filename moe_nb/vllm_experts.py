@@ -61,8 +61,7 @@ def check_engine(
 ) -> None:
     "Raise `ValueError` for what is asked of vLLM and can not be done with factors."
     moe, parallel = layer.moe_config, layer.moe_config.moe_parallel_config
-    original = served.model.get_submodule(served.layers[number])
-    E = len(original.down_proj)
+    E = served.model.get_submodule(served.layers[number]).num_experts
     if moe.num_experts != E:
         refuse(served.folder, f"vLLM asks for {moe.num_experts} experts, and it has {E}")
     if layer.apply_router_weight_on_input:
@@ -164,7 +163,7 @@ def check_taken(model: nn.Module, served: Served) -> None:
     if left:
         refuse(
             served.folder,
-            f"{type(model).__name__} of vLLM has another way to run {left[0]}; --model-impl transformers may do",
+            f"{type(model).__name__} of vLLM has another way to run {left[0]}; another --model-impl may do",
         )
 
 # %% ../nbs/38_vllm_experts.ipynb #fd27d5ae

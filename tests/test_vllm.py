@@ -59,7 +59,7 @@ def test_entry_point_imports_what_vllm_has():
     assert {name.split(".")[0] for name in found} == {"pathlib", "torch", "vllm"}
 
 
-LAYOUTS = ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_vl_moe"]
+LAYOUTS = ["granitemoe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_vl_moe"]
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
