@@ -326,7 +326,7 @@ def padded_core(
     return SharedCore(**tensors)
 
 # %% ../nbs/37_serve.ipynb #964824cf
-CPU_ROOM, CUDA_ROOM = 1.08, 1.25  # How much larger padding may make the factors of a layer
+CPU_ROOM, CUDA_ROOM = 1.1, 1.25  # How much larger padding may make the factors of a layer
 MULTIPLES = (32, 16, 8)  # On a CPU the first one that has room
 
 

@@ -154,11 +154,18 @@ def embedded(tmp_path_factory):
 
 
 SIZES = dict(hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
-FAMILIES = {  # Further sizes, and whose classes: vLLM's own where its export agrees with transformers
+RANDOM_PROMPTS = torch.randint(1, 120, (12, 6), generator=torch.Generator().manual_seed(0)).tolist()
+MLA = dict(num_key_value_heads=2, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32)
+FAMILIES = {  # Further sizes, and whose classes build the model
     "qwen2_moe": ({}, "vllm"),
     "mixtral": ({}, "vllm"),
+    "olmoe": ({}, "vllm"),
+    "ernie4_5_moe": ({}, "vllm"),
+    "glm4_moe": ({}, "vllm"),
+    "gpt_oss": ({}, "vllm"),
+    "granitemoe": ({}, "vllm"),
+    "deepseek_v3": (MLA, "transformers"),
 }
-NOTEBOOKS = ["nbs/38_vllm_experts.ipynb", "nbs/39_vllm_plugin.ipynb", "nbs/tutorials/serve.ipynb"]
 
 
 def without_tensor(folder, ending):
@@ -248,19 +255,19 @@ class TestVllm:
                 answer = ask("/v1/completions", order | dict(return_token_ids=True))
                 assert answer["choices"][0]["token_ids"] == text
 
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_family(self, family, tmp_path):
-        "A random model of the family writes what transformers writes, by vLLM's class or by that of transformers"
-        overrides, backend = FAMILIES[family]
-        model, _ = compress_model(tiny_model(family, SIZES | overrides), QUICK)
-        save_compressed_model(model, tmp_path / "compressed")
-        draw = torch.Generator().manual_seed(0)
-        prompts = torch.randint(1, 120, (12, 6), generator=draw).tolist()
-        options = dict(skip_tokenizer_init=True, model_impl=backend)
-        (answer,) = run(
-            [job(tmp_path / "compressed", prompts, **options)], VLLM_ENABLE_V1_MULTIPROCESSING="0"
-        )
-        assert answer.get("texts") == greedy(model, prompts, 48), answer.get("error")
+    def test_families(self, tmp_path):
+        "A random model of each family writes what transformers writes"
+        jobs, expected = [], []
+        for family, (overrides, model_impl) in FAMILIES.items():
+            model, _ = compress_model(tiny_model(family, SIZES | overrides), QUICK)
+            folder = tmp_path / family
+            save_compressed_model(model, folder)
+            options = dict(skip_tokenizer_init=True, model_impl=model_impl)
+            jobs.append(job(folder, RANDOM_PROMPTS, **options))
+            expected.append(greedy(model, RANDOM_PROMPTS, 48))
+        answers = run(jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        for family, answer, texts in zip(FAMILIES, answers, expected):
+            assert answer.get("texts") == texts, (family, answer.get("error"))
 
     def test_what_is_wrong_is_said(self, embedded, tmp_path):
         "One error each, before anything is served; an unsupported vLLM is named"
@@ -317,17 +324,3 @@ class TestVllm:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         took, *rooms = re.search("^TOOK (.*)$", done.stdout, re.M)[1].split()
         assert rooms == ["moe_nb.vllm_plugin"] and float(took) < 0.05
-
-    @pytest.mark.parametrize("notebook", NOTEBOOKS)
-    def test_notebook_runs_with_vllm(self, notebook):
-        "Also the cells that are left out elsewhere"
-        command = "nbdev_test --path {} --do_print --flags vllm --timing".format(ROOT / notebook)
-        environment = os.environ | ENVIRONMENT | dict(VLLM_ENABLE_V1_MULTIPROCESSING="0")
-        done = subprocess.run(
-            [sys.executable, "-m", "nbdev.cli", *command.split()[1:]],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
