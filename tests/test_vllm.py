@@ -155,7 +155,8 @@ def embedded(tmp_path_factory):
 
 SIZES = dict(hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
 RANDOM_PROMPTS = torch.randint(1, 120, (12, 6), generator=torch.Generator().manual_seed(0)).tolist()
-MLA = dict(num_key_value_heads=2, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32)
+MLA_RANKS = dict(q_lora_rank=32, kv_lora_rank=32, num_key_value_heads=2)
+MLA = MLA_RANKS | dict(qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32)
 FAMILIES = {  # Further sizes, and whose classes build the model
     "qwen2_moe": ({}, "vllm"),
     "mixtral": ({}, "vllm"),
