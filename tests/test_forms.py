@@ -13,6 +13,7 @@ from moe_nb.export import export_to_hf_format
 from moe_nb.hf_format import modules_of, stored_form
 from moe_nb.layer import CompressionConfig
 from moe_nb.resume import CompleteTrainer
+from moe_nb.serve import open_served
 from moe_nb.shared_core import compressed_experts
 from moe_nb.tiny import load_tiny, tiny_path, tiny_text
 
@@ -124,3 +125,8 @@ def test_older_package_refuses_it(directory, monkeypatch):
     for load in (load_compressed_model, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match="format version 2 is newer than 1.*upgrade moe_nb"):
             load(directory)
+
+
+def test_serving_refuses_it_by_name(directory, form):
+    with pytest.raises(ValueError, match=f"stored in the form {form}.*moe-nb export"):
+        open_served(directory)

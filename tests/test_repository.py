@@ -339,6 +339,8 @@ def test_blocks_of_readme_run_in_order(copy):
 @pytest.mark.parametrize("path", GENERATED, ids=name)
 def test_module_imports(path):
     "Each on its own, as a first import"
+    if "vllm" in {module.split(".")[0] for module, _ in imported_by(tree_of(path))}:
+        pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` installs it")
     importlib.import_module(f"moe_nb.{path.stem}")
 
 
