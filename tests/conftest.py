@@ -19,7 +19,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
     config.option.markexpr = config.option.markexpr or "not slow"
     if importlib.util.find_spec("vllm") is None:  # these import it
-        rooms = Path(__file__).resolve().parent.parent.glob("moe_nb/vllm_*.py")
+        here = Path(__file__).resolve().parent
+        rooms = [here / "vllm_run.py", *here.parent.glob("moe_nb/vllm_*.py")]
         config.option.ignore = [*(config.option.ignore or []), *map(str, rooms)]
 
 
