@@ -151,8 +151,12 @@ def best_rate(
     errors = {}
     for lr in RATES:
         descend(experts, record, steps=steps, batch=batch, lr=lr, seed=seed)
-        errors[lr] = heldout_error(experts, heldout)
+        error = heldout_error(experts, heldout)
         experts.load_state_dict(start)
+        is_worse = error >= min(errors.values(), default=math.inf)
+        errors[lr] = error
+        if is_worse and math.isfinite(error):  # nor will a smaller one be better
+            break
     least = min(errors.values())
     return max(lr for lr, error in errors.items() if error <= CLOSE * least)
 
