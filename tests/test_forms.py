@@ -1,5 +1,7 @@
 "Forms of the factors through the whole package: budget, distillation, saving, export, older versions."
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -10,11 +12,12 @@ from moe_nb.compress import compress_model, store_as
 from moe_nb.distill import DistillationConfig, distill
 from moe_nb.evaluate import perplexity
 from moe_nb.export import export_to_hf_format
-from moe_nb.hf_format import modules_of, stored_form
+from moe_nb.fast_experts import FORMS
+from moe_nb.hf_format import modules_of, store_layer, stored_form
 from moe_nb.layer import CompressionConfig
 from moe_nb.resume import CompleteTrainer
 from moe_nb.serve import open_served
-from moe_nb.shared_core import compressed_experts
+from moe_nb.shared_core import compressed_experts, original_experts, random_experts
 from moe_nb.tiny import load_tiny, tiny_path, tiny_text
 
 RATIO = 0.3
@@ -116,6 +119,43 @@ def test_forms_are_the_same_model(directory, form):
     for name, value in load_compressed_model(directory).state_dict().items():
         if form == "int8":  # other rows may be kept, but levels come back
             assert torch.equal(model.state_dict()[name].to(value.dtype), value), name
+
+
+def test_offloaded_to_disk(directory, tmp_path):
+    "Stored tensors that begin anywhere in memory"
+    expected = load_compressed_model(directory)
+    places = {name: "cpu" for name, _ in expected.model.named_children() if name != "layers"}
+    device_map = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(4)}
+    model = load_compressed_model(directory, device_map=device_map, offload_folder=tmp_path)
+    for tokens in (1, 5):
+        ids = torch.arange(tokens)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "d, f, dtype", [(40, 24, torch.bfloat16), (33, 7, torch.float32), (40, 24, torch.float16)]
+)
+@torch.no_grad()
+def test_odd_widths(form, d, f, dtype):
+    torch.manual_seed(0)
+    ranks = [0] * 4, [1, 0, 5, 3]
+    layer = random_experts(original_experts(d, f, 4), gate=ranks, up=ranks, down=ranks).to(dtype)
+    batch = (
+        torch.randn(3, d).to(dtype),
+        torch.tensor([[0, 2], [3, 1], [2, 0]]),
+        torch.rand(3, 2).to(dtype),
+    )
+    wide = [value.double() if value.is_floating_point() else value for value in batch]
+    expected = copy.deepcopy(layer).double().plain_forward(*wide)
+    store_layer(layer, form)
+    names = ["shared_core", "shared_core_plain"]
+    if d % 8 == 0:  # as the grouped product of torch wants it
+        names += ["shared_core_grouped", "shared_core_pairs"]
+    for name in names:
+        error = (FORMS[name](layer, *batch).double() - expected).norm() / expected.norm()
+        assert error < 0.03, name
 
 
 def test_older_package_refuses_it(directory, monkeypatch):
