@@ -63,7 +63,13 @@ def test_what_is_missing_is_said_before_torch_is_imported(words):
     assert not imported & {"torch", "transformers", "pandas"}
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SIGNALS = [
+    (signal.SIGINT, 130),
+    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),  # the same way
+]
+
+
+@pytest.mark.parametrize(("sent", "code"), SIGNALS)
 def test_stopped_run_says_how_to_go_on_and_does(tmp_path, sent, code):
     output = tmp_path / "compressed"
     words = [*COMPRESS, "--output_dir", output, "--rounds", "10"]
