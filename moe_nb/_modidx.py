@@ -1130,6 +1130,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'moe_nb.shared_core.random_core': ('shared_core.html#random_core', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.random_experts': ('shared_core.html#random_experts', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.rows_of': ('shared_core.html#rows_of', 'moe_nb/shared_core.py'),
+                                    'moe_nb.shared_core.sharing_V': ('shared_core.html#sharing_v', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.sorted_pairs': ('shared_core.html#sorted_pairs', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.sum_by_token': ('shared_core.html#sum_by_token', 'moe_nb/shared_core.py'),
                                     'moe_nb.shared_core.sums_wide': ('shared_core.html#sums_wide', 'moe_nb/shared_core.py'),

@@ -10,7 +10,7 @@ __all__ = ['LARGEST', 'LEVELS', 'scales_of', 'levels_of', 'even_rows', 'times_le
 import torch
 from torch import nn
 
-from .shared_core import ExpertFactors, SharedCore, SharedCoreExperts, rows_of
+from .shared_core import ExpertFactors, SharedCore, SharedCoreExperts, rows_of, sharing_V
 
 # %% ../nbs/11a_int8.ipynb #int8-12
 LARGEST = 127  # Of the levels
@@ -183,15 +183,10 @@ def round_layer(
     | None = None,  # Of the scales, and of what is computed; None: that of the factors
 ) -> None:
     "Round the compressed projections of a layer to integers; those that are integers already stay."
-    left = {name: part for name, part in layer.named_children() if type(part) is SharedCore}
-    while left:
-        name, first = next(iter(left.items()))
-        sharing = [name] + [
-            other for other, part in left.items() if part.V is None and other != name
-        ]
-        rounded = rounded_cores([left.pop(name) for name in sharing], dtype or first.dtype)
-        for name, part in zip(sharing, rounded):
-            setattr(layer, name, part)
+    for names in sharing_V(layer):
+        parts = [getattr(layer, name) for name in names]
+        for name, rounded in zip(names, rounded_cores(parts, dtype or parts[0].dtype)):
+            setattr(layer, name, rounded)
 
 # %% ../nbs/11a_int8.ipynb #int8-34
 @torch.no_grad()

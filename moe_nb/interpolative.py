@@ -9,7 +9,7 @@ __all__ = ['pivot_rows', 'InterpolativeCore', 'interpolative_cores', 'interpolat
 import torch
 from torch import nn
 
-from .shared_core import ExpertFactors, SharedCore, SharedCoreExperts, rows_of
+from .shared_core import ExpertFactors, SharedCore, SharedCoreExperts, rows_of, sharing_V
 
 # %% ../nbs/11b_interpolative.ipynb #piv-08
 def pivot_rows(
@@ -155,14 +155,10 @@ def interpolate_layer(
     layer: SharedCoreExperts,  # Changed in place
 ) -> None:
     "Store the compressed projections of a layer in the interpolative form; those that are in another form stay."
-    left = {name: part for name, part in layer.named_children() if type(part) is SharedCore}
-    while left:
-        name = next(iter(left))
-        sharing = [name] + [
-            other for other, part in left.items() if part.V is None and other != name
-        ]
-        for name, part in zip(sharing, interpolative_cores([left.pop(name) for name in sharing])):
-            setattr(layer, name, part)
+    for names in sharing_V(layer):
+        parts = [getattr(layer, name) for name in names]
+        for name, interpolative in zip(names, interpolative_cores(parts)):
+            setattr(layer, name, interpolative)
 
 # %% ../nbs/11b_interpolative.ipynb #piv-15
 @torch.no_grad()

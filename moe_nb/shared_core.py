@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ExpertFactors', 'rows_of', 'sums_wide', 'SharedCore', 'random_core', 'ExpertWeight', 'Uncompressed', 'Wrappers',
            'wrappers', 'sorted_pairs', 'pairs_by_expert', 'Pairs', 'active_pairs', 'inner_pairs', 'outer_pairs',
-           'sum_by_token', 'emptied', 'SharedCoreExperts', 'materialized', 'compressed_experts', 'original_experts',
-           'random_experts']
+           'sum_by_token', 'emptied', 'SharedCoreExperts', 'materialized', 'compressed_experts', 'sharing_V',
+           'original_experts', 'random_experts']
 
 # %% ../nbs/11_shared_core.ipynb #e1b06ad3
 import copy
@@ -550,6 +550,19 @@ def compressed_experts(model: nn.Module) -> dict[str, SharedCoreExperts]:
         for name, module in model.named_modules()
         if isinstance(module, SharedCoreExperts)
     }
+
+# %% ../nbs/11_shared_core.ipynb #sharing-v
+def sharing_V(layer: SharedCoreExperts) -> list[list[str]]:
+    "Names of the projections of a layer in plain factors, those that share V together; the first of them has it."
+    groups = []
+    for name, part in layer.named_children():
+        if type(part) is not SharedCore:
+            continue
+        if part.V is None:  # up, which comes after gate
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
 # %% ../nbs/11_shared_core.ipynb #4f9a450e
 def original_experts(
