@@ -517,7 +517,7 @@ def load_student(config: DistillationConfig) -> nn.Module:
     "The student in the data type of the training; a model that is not compressed draws a warning."
     model_folder(config.student_model_path, BESIDE_WEIGHTS)  # which says what is wrong with it
     stored = stored_model(config.student_model_path)
-    if modules_of(stored.config):
+    if stored_form(modules_of(stored.config)) != "float":
         store_as(stored, "float")
     student = cast_model(stored, getattr(torch, config.dtype))
     if not compressed_experts(student):

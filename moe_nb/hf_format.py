@@ -306,7 +306,9 @@ def store_layer(
     weights: str,  # One of `FACTOR_FORMS`
     dtype: torch.dtype | None = None,  # Of the scales of integers; None: that of the factors
 ) -> None:
-    "Store the factors of a layer in another form; those that have it already stay."
+    "Store the factors of a layer in another form; those that have it already stay. `ValueError` for an unknown form."
+    if weights not in FACTOR_FORMS:
+        raise ValueError(f"weights must be one of {', '.join(FACTOR_FORMS)}; got {weights!r}")
     if stored_form(dict(layer=factor_shapes(layer))) == weights:
         return
     float_layer(layer)

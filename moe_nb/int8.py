@@ -10,7 +10,13 @@ __all__ = ['LARGEST', 'LEVELS', 'scales_of', 'levels_of', 'even_rows', 'times_le
 import torch
 from torch import nn
 
-from .shared_core import ExpertFactors, SharedCore, SharedCoreExperts, rows_of, sharing_V
+from moe_nb.shared_core import (
+    ExpertFactors,
+    SharedCore,
+    SharedCoreExperts,
+    convert_factors,
+    rows_of,
+)
 
 # %% ../nbs/11a_int8.ipynb #int8-12
 LARGEST = 127  # Of the levels
@@ -183,10 +189,7 @@ def round_layer(
     | None = None,  # Of the scales, and of what is computed; None: that of the factors
 ) -> None:
     "Round the compressed projections of a layer to integers; those that are integers already stay."
-    for names in sharing_V(layer):
-        parts = [getattr(layer, name) for name in names]
-        for name, rounded in zip(names, rounded_cores(parts, dtype or parts[0].dtype)):
-            setattr(layer, name, rounded)
+    convert_factors(layer, lambda cores: rounded_cores(cores, dtype or cores[0].dtype))
 
 # %% ../nbs/11a_int8.ipynb #int8-34
 @torch.no_grad()

@@ -9,7 +9,13 @@ __all__ = ['pivot_rows', 'InterpolativeCore', 'interpolative_cores', 'interpolat
 import torch
 from torch import nn
 
-from .shared_core import ExpertFactors, SharedCore, SharedCoreExperts, rows_of, sharing_V
+from moe_nb.shared_core import (
+    ExpertFactors,
+    SharedCore,
+    SharedCoreExperts,
+    convert_factors,
+    rows_of,
+)
 
 # %% ../nbs/11b_interpolative.ipynb #piv-08
 def pivot_rows(
@@ -155,10 +161,7 @@ def interpolate_layer(
     layer: SharedCoreExperts,  # Changed in place
 ) -> None:
     "Store the compressed projections of a layer in the interpolative form; those that are in another form stay."
-    for names in sharing_V(layer):
-        parts = [getattr(layer, name) for name in names]
-        for name, interpolative in zip(names, interpolative_cores(parts)):
-            setattr(layer, name, interpolative)
+    convert_factors(layer, interpolative_cores)
 
 # %% ../nbs/11b_interpolative.ipynb #piv-15
 @torch.no_grad()

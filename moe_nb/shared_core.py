@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ExpertFactors', 'rows_of', 'sums_wide', 'SharedCore', 'random_core', 'ExpertWeight', 'Uncompressed', 'Wrappers',
            'wrappers', 'sorted_pairs', 'pairs_by_expert', 'Pairs', 'active_pairs', 'inner_pairs', 'outer_pairs',
-           'sum_by_token', 'emptied', 'SharedCoreExperts', 'materialized', 'compressed_experts', 'sharing_V',
+           'sum_by_token', 'emptied', 'SharedCoreExperts', 'materialized', 'compressed_experts', 'convert_factors',
            'original_experts', 'random_experts']
 
 # %% ../nbs/11_shared_core.ipynb #e1b06ad3
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -552,8 +552,13 @@ def compressed_experts(model: nn.Module) -> dict[str, SharedCoreExperts]:
     }
 
 # %% ../nbs/11_shared_core.ipynb #sharing-v
-def sharing_V(layer: SharedCoreExperts) -> list[list[str]]:
-    "Names of the projections of a layer in plain factors, those that share V together; the first of them has it."
+def convert_factors(
+    layer: SharedCoreExperts,  # Changed in place
+    convert: Callable[
+        [list[SharedCore]], list[SharedCore]
+    ],  # Of projections that share the V of the first
+) -> None:
+    "Put what `convert` makes of the projections in plain factors in their places; those in another form stay."
     groups = []
     for name, part in layer.named_children():
         if type(part) is not SharedCore:
@@ -562,7 +567,10 @@ def sharing_V(layer: SharedCoreExperts) -> list[list[str]]:
             groups[-1].append(name)
         else:
             groups.append([name])
-    return groups
+    for names in groups:
+        converted = convert([getattr(layer, name) for name in names])
+        for name, part in zip(names, converted):
+            setattr(layer, name, part)
 
 # %% ../nbs/11_shared_core.ipynb #4f9a450e
 def original_experts(

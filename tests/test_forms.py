@@ -158,6 +158,16 @@ def test_odd_widths(form, d, f, dtype):
         assert error < 0.03, name
 
 
+def test_unknown_form_is_refused(directory):
+    model = load_compressed_model(directory)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match="weights must be one of float, int8, interpolative; got 'int4'"
+    ):
+        store_as(model, "int4")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
 def test_older_package_refuses_it(directory, monkeypatch):
     "As a version does that knows the first format alone"
     for module in (checkpoint, hf_format):
