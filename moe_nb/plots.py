@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'STYLE', 'figure', 'check_numbers', 'frontier_table', 'plain_log_scale', 'draw_reference',
-           'plot_frontier', 'plot_losses', 'evaluation_points', 'draw_students', 'plot_evaluations', 'HeatMap',
-           'name_ticks', 'draw_panels', 'panel_widths', 'heat_map_size', 'heat_maps', 'rank_panels', 'error_panel',
-           'plot_ranks', 'plot_errors', 'without_diagonal', 'plot_similarity', 'plot_speedups', 'plot_roofline']
+           'draw_methods', 'plot_frontier', 'plot_costs', 'plot_losses', 'evaluation_points', 'draw_students',
+           'plot_evaluations', 'HeatMap', 'name_ticks', 'draw_panels', 'panel_widths', 'heat_map_size', 'heat_maps',
+           'rank_panels', 'error_panel', 'plot_ranks', 'plot_errors', 'without_diagonal', 'plot_similarity',
+           'plot_speedups', 'plot_roofline']
 
 # %% ../nbs/60_plots.ipynb #a46b7f40
 import math
@@ -121,6 +122,18 @@ def draw_reference(
     "A dashed horizontal line at `value`: what the others are compared with."
     ax.axhline(value, color=_INK, linestyle="--", linewidth=1.2, label=label)
 
+# %% ../nbs/60_plots.ipynb #f60-draw
+def draw_methods(
+    ax: Axes,
+    table: pd.DataFrame,  # method, perplexity, and `cost`; a line per method, the first on top
+    cost: str,  # The column along the x axis; a point without it is left out
+) -> None:
+    "Perplexity against a cost, one line with its own colour and marker for each method."
+    for n, (method, group) in enumerate(table.groupby("method", sort=False)):
+        look = dict(color=COLORS[n], marker=MARKERS[n], zorder=3 - n / len(COLORS))
+        known = group.dropna(subset=[cost]).sort_values(cost)
+        ax.plot(known[cost], known["perplexity"], label=method, **look)
+
 # %% ../nbs/60_plots.ipynb #0d247a85
 def plot_frontier(
     points,  # List of dicts or DataFrame: method, ratio (stored / original expert parameters), perplexity
@@ -145,14 +158,56 @@ def plot_frontier(
         title=title,
     )
     with plt.rc_context(STYLE):
-        for n, (method, group) in enumerate(table.groupby("method", sort=False)):
-            look = dict(color=COLORS[n], marker=MARKERS[n], zorder=3 - n / len(COLORS))
-            ax.plot(100 * group["ratio"], group["perplexity"], label=method, **look)
+        draw_methods(ax, table.assign(percent=100 * table.ratio), "percent")
         if original is not None:
             draw_reference(ax, original, "original")
         if log:
             plain_log_scale(ax)
         ax.legend()
+    return fig
+
+# %% ../nbs/60_plots.ipynb #f60-costs-b
+def plot_costs(
+    points,  # List of dicts or DataFrame: method, perplexity, bits (stored per weight), operations (1: as the original)
+    original: float,  # Perplexity of the original model
+    *,
+    title: str = "",  # Above the left panel
+) -> Figure:
+    """Perplexity against bits per weight of the experts and against operations per token, one line per method.
+
+    A point whose bits or operations are NaN is left out of that panel; `ValueError` where points lack a column.
+
+    >>> points = [{"method": "a", "perplexity": 5, "bits": 4., "operations": .5}]
+    >>> left, right = plot_costs(points, original=4).axes
+    >>> left.lines[0].get_xdata().tolist(), right.lines[0].get_xdata().tolist()
+    ([4.0], [50.0])
+    """
+    table = pd.DataFrame(points)
+    missing = [key for key in ("bits", "operations") if key not in table]
+    if missing:
+        raise ValueError(f"points lack {', '.join(missing)}")
+    frontier_table(table.assign(ratio=1.0))
+    check_numbers("original", [original])
+    with plt.rc_context(STYLE):
+        fig, (left, right) = plt.subplots(
+            1, 2, figsize=(9.6, 4.4), layout="constrained", sharey=True
+        )
+        draw_methods(left, table, "bits")
+        draw_methods(right, table.assign(percent=100 * table.operations), "percent")
+        left.set(
+            xlabel="bits per expert weight (the original has 16)",
+            ylabel="perplexity (per token)",
+            title=title,
+        )
+        right.set(xlabel="operations per token in the experts (% of the original's)", xlim=(0, 105))
+        left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter(ScalarFormatter())
+        for ax in (left, right):
+            draw_reference(ax, original, "original")
+        plain_log_scale(left)
+        handles, labels = left.get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=4)
+    plt.close(fig)
     return fig
 
 # %% ../nbs/60_plots.ipynb #2b912a1a
