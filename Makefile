@@ -11,7 +11,7 @@ OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 \
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$(abspath $(BIN)):$$PATH"
 LIMIT = $(if $(shell command -v timeout),timeout $(1))  # macOS has no timeout
 
-.PHONY: help demo lab check test test-slow test-oldest test-vllm serve-tests docs refresh export format clean-notebooks
+.PHONY: help demo lab check test test-slow test-oldest test-vllm serve-tests docs site refresh export format clean-notebooks
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -63,6 +63,10 @@ serve-tests: $(READY)
 
 docs: $(READY) ## render README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py
+
+site: $(READY) ## render the notebooks as pages, into _site
+	@$(BIN)/python -m pip install --quiet --use-pep517 -c $(CONSTRAINTS) -e '.[site]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python .ci/site.py
 
 refresh: $(READY) ## run notebooks and store their outputs (NB=path for one)
 	@$(BIN)/python .ci/refresh.py $(NB)

@@ -37,6 +37,7 @@ setup(
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={
         "dev": shlex.split(cfg["dev_requirements"]),
+        "site": shlex.split(cfg["site_requirements"]),
         "vllm": shlex.split(cfg["vllm_requirements"]),
     },
     entry_points={
