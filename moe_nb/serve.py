@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'RANKS_OF', 'CPU_ROOM', 'CUDA_ROOM', 'MULTIPLES', 'refuse', 'numbered', 'unserved', 'layer_tensors', 'Served',
            'empty_compressed', 'open_served', 'share_bounds', 'expert_costs', 'no_rows', 'read_part', 'read_share',
            'with_fewer', 'chosen_experts', 'Share', 'load_share', 'served_forward', 'padded_factor', 'padded_core',
-           'padded_parts', 'lay_out']
+           'padded_parts', 'put_beside', 'lay_out']
 
 # %% ../nbs/37_serve.ipynb #7dd99495
 import copy
@@ -347,6 +347,15 @@ def padded_parts(experts: SharedCoreExperts, multiple: int) -> tuple[dict[str, S
     return padded, numbers(padded) / max(1, numbers(cores))
 
 
+def put_beside(experts: SharedCoreExperts) -> None:
+    "Let `G` of gate and `G` of up, which share V, lie side by side in memory, in place."
+    gate, up = experts.gate, experts.up
+    f = gate.G.shape[1]
+    both_S2f = torch.cat([gate.G, up.G], dim=1)
+    for core, G_Sf in zip((gate, up), both_S2f.split(f, dim=1)):
+        core.G = nn.Parameter(G_Sf, requires_grad=False)
+
+
 def lay_out(experts: SharedCoreExperts) -> SharedCoreExperts:
     "`experts`, its factors padded in place where that is faster on its device and there is room."
     like = experts.up.core if isinstance(experts.up, SharedCore) else experts.up.weight
@@ -360,6 +369,8 @@ def lay_out(experts: SharedCoreExperts) -> SharedCoreExperts:
             for name, core in padded.items():
                 setattr(experts, name, core.requires_grad_(False))
             break
+    if like.device.type == "cpu" and is_usual(experts) and experts.up.V is None:
+        put_beside(experts)
     for core in experts.modules():
         if isinstance(core, SharedCore):  # read now, not while a graph is captured
             host_ranks(core.narrow_ranks), host_ranks(core.wide_ranks)
