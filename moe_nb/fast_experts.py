@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Chunk', 'FEW', 'Slices', 'MOST_TOKENS', 'USUAL', 'FUSED', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks',
            'version_of', 'remembered', 'host_ranks', 'FactorSlices', 'IntegerSlices', 'InterpolativeSlices',
-           'sums_of_rows', 'FewRowSlices', 'joined', 'layer_slices', 'inner_', 'both_cores', 'chunk_forward',
-           'token_forward', 'at_once', 'at_once_forward', 'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding',
-           'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual', 'fastest',
-           'shared_core_forward', 'switched']
+           'sums_of_rows', 'FewRowSlices', 'joined', 'put_beside', 'layer_slices', 'inner_', 'both_cores',
+           'chunk_forward', 'token_forward', 'at_once', 'at_once_forward', 'loop_forward', 'padded_rows', 'Routing',
+           'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward',
+           'is_usual', 'fastest', 'shared_core_forward', 'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
 import weakref
@@ -18,6 +18,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.functional import embedding_bag
 
 from .experts import Layout
@@ -274,6 +275,13 @@ def joined(left_Sf: torch.Tensor, right_Sf: torch.Tensor) -> torch.Tensor | None
     if left_Sf.stride() == right_Sf.stride() == (2 * f, 1) and right_Sf.data_ptr() == next_to_left:
         return left_Sf.as_strided((S, 2 * f), (2 * f, 1))
     return None
+
+
+def put_beside(gate: SharedCore, up: SharedCore) -> None:
+    "Let `G` of gate and `G` of up, which have the same ranks, lie side by side in memory; they lose their gradient."
+    both_S2f = torch.cat([gate.G, up.G], dim=1)
+    for core, G_Sf in zip((gate, up), both_S2f.chunk(2, dim=1)):
+        core.G = nn.Parameter(G_Sf, requires_grad=False)
 
 
 FEW = 2.5  # Pairs of each expert, about, for which bags of rows are faster than products
