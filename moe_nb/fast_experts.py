@@ -297,9 +297,8 @@ def layer_slices(
     usual = FewRowSlices if few and experts.gate.dtype == torch.bfloat16 else FactorSlices
     cores = experts.gate, experts.up, experts.down
     gate, up, down = (kinds.get(type(core), usual)(core, experts.gate) for core in cores)
-    both = gate.factors["G"], up.factors["G"]
-    if up.shares_V and None not in both:
-        gate.factors["both"] = joined(*both)
+    if up.shares_V and type(experts.gate) is type(experts.up) is SharedCore:
+        gate.factors["both"] = joined(experts.gate.G, experts.up.G)
     return gate, up, down
 
 
