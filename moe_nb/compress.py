@@ -139,7 +139,7 @@ def compress_model(
 # %% ../nbs/27_compress.ipynb #int-f
 def store_as(
     model: nn.Module,  # Compressed; changed in place
-    weights: str,  # "float", "int8" or "interpolative", as in `CompressionConfig`
+    weights: str,  # As in `CompressionConfig`
     dtype: torch.dtype | None = None,  # Of numbers and scales; None: as they are
 ) -> None:
     """Store the factors of all layers in another form, and let the records of `model` say so.

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'FUSED', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks', 'version_of', 'remembered', 'host_ranks',
-           'FactorSlices', 'IntegerSlices', 'InterpolativeSlices', 'slices_of', 'inner_', 'outer_', 'both_cores',
-           'token_forward', 'chunk_forward', 'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding', 'padding',
-           'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual', 'fastest',
+           'FactorSlices', 'IntegerSlices', 'InterpolativeSlices', 'PackedSlices', 'slices_of', 'inner_', 'outer_',
+           'both_cores', 'token_forward', 'chunk_forward', 'loop_forward', 'padded_rows', 'Routing', 'route', 'Padding',
+           'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward', 'is_usual', 'fastest',
            'shared_core_forward', 'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
@@ -22,6 +22,7 @@ from .experts import Layout
 from .hf_names import ALL_EXPERTS_FUNCTIONS, grouped
 from .int8 import IntegerCore, times_levels
 from .interpolative import InterpolativeCore
+from .packed import PackedCore
 from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
@@ -233,9 +234,30 @@ class InterpolativeSlices(FactorSlices):
         return self.core.put_together(self.coefficients[expert], pivot_n, self.wide[expert])
 
 
+class PackedSlices(FactorSlices):
+    "The same of a projection in packed integers."
+
+    def __init__(self, core: PackedCore, wide_of: PackedCore):
+        super().__init__(core, wide_of)
+        self.core, self.wide_of = core, wide_of
+
+    def rows(
+        self,
+        name: str,  # P, Q, G or V
+        expert: int,  # Its number
+    ) -> torch.Tensor:
+        "What `project` is to be multiplied by: rows of one expert."
+        (rows_rn,) = self.core.rows_of(name, self.wide_of, [expert])
+        return rows_rn
+
+
 def slices_of(core: SharedCore, wide_of: SharedCore) -> FactorSlices:
     "The factors of one projection by expert; `wide_of` has V where it has none."
-    kinds = {IntegerCore: IntegerSlices, InterpolativeCore: InterpolativeSlices}
+    kinds = {
+        IntegerCore: IntegerSlices,
+        InterpolativeCore: InterpolativeSlices,
+        PackedCore: PackedSlices,
+    }
     return kinds.get(type(core), FactorSlices)(core, wide_of)
 
 # %% ../nbs/12_fast_experts.ipynb #9d64c2f5
@@ -336,7 +358,7 @@ def loop_forward(
     weight_P1 = top_k_weights[token_P, slot_P, None]
     z_T2f = both_cores(experts, x_Td)
     T, d = x_Td.shape
-    f = down.core.shape[0]
+    f = down.f
     wide_dtype = torch.promote_types(x_Td.dtype, torch.float32)
     h_Tf = x_Td.new_zeros(T, f, dtype=wide_dtype)
     y_Td = x_Td.new_zeros(T, d, dtype=wide_dtype)

@@ -66,9 +66,10 @@ class CompressionConfig:
         "default: the best of three for each layer, by a short trial",
         default=None,
     )
-    weights: Literal["float", "int8", "interpolative"] = flag(
+    weights: Literal["float", "int8", "interpolative", "packed"] = flag(
         "how the factors are stored: as numbers of dtype; as int8 with scales of dtype, in half the bytes of bf16; "
-        "or without the numbers that follow from others, which leaves room for larger ranks and computes slower",
+        "without the numbers that follow from others, which leaves room for larger ranks and computes slower; "
+        "or packed, four bits for each number",
         default="float",
     )
     steps: int = flag("steps of the Adam recipe", default=1000)

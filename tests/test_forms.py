@@ -31,7 +31,7 @@ def compressed(weights):
     return model, tokenizer, statistics
 
 
-@pytest.fixture(scope="module", params=["int8", "interpolative"])
+@pytest.fixture(scope="module", params=["int8", "interpolative", "packed"])
 def form(request):
     return request.param
 
@@ -50,17 +50,18 @@ def form_at(path):
 def test_budget_is_one_of_stored_numbers(form):
     model, _, statistics = compressed(form)
     _, _, plain = compressed("float")
-    found = sum(
-        value.numel()
-        for layer in compressed_experts(model).values()
-        for value in layer.state_dict().values()
-    )
+    found = 0
+    for layer in compressed_experts(model).values():
+        parts = layer.projections().values()
+        found += sum(sum(part.counts.values()) for part in parts)
+        found += 3 * len(layer.layout.weights)  # shapes
     assert found == statistics.expert_params_compressed
     if form == "interpolative":  # larger ranks for the same numbers
         assert 0.99 * RATIO < statistics.expert_compression_ratio <= RATIO
         assert statistics.mean_relative_error < 0.95 * plain.mean_relative_error
     else:
-        assert statistics.expert_bytes_compressed < 0.51 * plain.expert_bytes_compressed
+        share = dict(int8=0.51, packed=0.27)[form]
+        assert statistics.expert_bytes_compressed < share * plain.expert_bytes_compressed
 
 
 def test_student_learns_and_keeps_its_form(directory, form, tmp_path):
@@ -117,7 +118,7 @@ def test_forms_are_the_same_model(directory, form):
         store_as(model, form)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
     for name, value in load_compressed_model(directory).state_dict().items():
-        if form == "int8":  # other rows may be kept, but levels come back
+        if form != "interpolative":  # other rows may be kept, but levels come back
             assert torch.equal(model.state_dict()[name].to(value.dtype), value), name
 
 
@@ -155,25 +156,27 @@ def test_odd_widths(form, d, f, dtype):
         names += ["shared_core_grouped", "shared_core_pairs"]
     for name in names:
         error = (FORMS[name](layer, *batch).double() - expected).norm() / expected.norm()
-        assert error < 0.03, name
+        assert error < (0.3 if form == "packed" else 0.03), name
 
 
 def test_unknown_form_is_refused(directory):
     model = load_compressed_model(directory)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
-        ValueError, match="weights must be one of float, int8, interpolative; got 'int4'"
+        ValueError, match="weights must be one of float, int8, interpolative, packed; got 'int4'"
     ):
         store_as(model, "int4")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
-def test_older_package_refuses_it(directory, monkeypatch):
-    "As a version does that knows the first format alone"
+def test_older_package_refuses_it(directory, form, monkeypatch):
+    "As a version does that knows only the formats before this one"
+    version = hf_format.FACTOR_FORMS[form]
     for module in (checkpoint, hf_format):
-        monkeypatch.setattr(module, "FORMAT_VERSION", 1)
+        monkeypatch.setattr(module, "FORMAT_VERSION", version - 1)
+    said = f"format version {version} is newer than {version - 1}.*upgrade moe_nb"
     for load in (load_compressed_model, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match="format version 2 is newer than 1.*upgrade moe_nb"):
+        with pytest.raises(ValueError, match=said):
             load(directory)
 
 
