@@ -18,6 +18,8 @@ from moe_nb.layer import CompressionConfig
 from moe_nb.resume import CompleteTrainer
 from moe_nb.serve import open_served
 from moe_nb.shared_core import compressed_experts, original_experts, random_experts
+from moe_nb.stream import compress_checkpoint
+from moe_nb.text import token_sequences
 from moe_nb.tiny import load_tiny, tiny_path, tiny_text
 
 RATIO = 0.3
@@ -62,6 +64,41 @@ def test_budget_is_one_of_stored_numbers(form):
     else:
         share = dict(int8=0.51, packed=0.27)[form]
         assert statistics.expert_bytes_compressed < share * plain.expert_bytes_compressed
+
+
+BYTES = CompressionConfig(byte_ratio=0.04, rounds=2, refine_steps=5, dtype="bfloat16")
+
+
+def test_budget_of_bytes_is_kept():
+    model, _ = load_tiny()
+    _, statistics = compress_model(model, BYTES)
+    stored = sum(
+        value.nbytes
+        for layer in compressed_experts(model).values()
+        for value in layer.state_dict().values()
+    )
+    assert stored == statistics.expert_bytes_compressed
+    share = stored / statistics.expert_bytes_original
+    assert 0.99 * BYTES.byte_ratio < share <= BYTES.byte_ratio
+    bits = model.model.layers[0].mlp.experts.gate.wide_bits
+    assert len(bits.unique()) > 2  # each direction its own
+
+
+def test_bytes_layer_by_layer_as_in_memory(tmp_path):
+    model, tokenizer = load_tiny()
+    sequences = token_sequences(tokenizer, tiny_text("calibration"), limit=8)
+    compress_model(model, BYTES, sequences)
+    compress_checkpoint(tiny_path(), tmp_path / "streamed", BYTES, sequences)
+    streamed = load_compressed_model(tmp_path / "streamed")
+    assert form_at(tmp_path / "streamed") == "packed"
+    sizes = []
+    for stored in (model, streamed):
+        layers = compressed_experts(stored).values()
+        sizes.append(sum(v.nbytes for layer in layers for v in layer.state_dict().values()))
+    assert abs(sizes[0] / sizes[1] - 1) < 0.001
+    text = tiny_text("heldout")[:10]
+    found = [perplexity(stored, tokenizer, text) for stored in (model, streamed)]
+    assert abs(found[0] / found[1] - 1) < 0.01  # sums from disk are rounded otherwise
 
 
 def test_student_learns_and_keeps_its_form(directory, form, tmp_path):
