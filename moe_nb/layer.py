@@ -50,7 +50,7 @@ class CompressionConfig:
 
     ratio: float | None = flag("stored / original expert parameters, between 0 and 1", default=None)
     byte_ratio: float | None = flag(
-        "stored / original bytes of the experts, in place of a ratio: the factors are packed, "
+        "stored / original bytes of the experts (in the data type they are loaded in), in place of a ratio: packed, "
         "each direction in the number of bits that it is worth",
         default=None,
     )
