@@ -47,6 +47,7 @@ def numbers_of(
 
 # %% ../nbs/11c_packed.ipynb #pak-11
 LEAST_SCALE = {
+    1: 0.15,
     2: 0.3,
     3: 0.4,
     4: 0.55,
