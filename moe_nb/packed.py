@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'USUAL_BITS', 'LEAST_SCALE', 'SCALE_STEP', 'NORMAL_SCALE', 'codes_of', 'numbers_of', 'best_scales',
            'tried_rows', 'rounded_rows', 'pack_rows', 'unpack_rows', 'PackedCore', 'packed_pair', 'bits_of',
-           'packed_cores', 'pack_layer', 'unpack_layer']
+           'packed_cores', 'pack_layer', 'stored_bits', 'copy_bits', 'unpack_layer']
 
 # %% ../nbs/11c_packed.ipynb #pak-03
 import torch
@@ -320,14 +320,31 @@ def pack_layer(
     convert_factors(layer, lambda cores: packed_cores(cores, dtype or cores[0].dtype))
 
 
+def stored_bits(part: PackedCore, gate: SharedCore | None) -> dict[str, torch.Tensor]:
+    "Precision of its rows, as `bits_of`; `gate` has that of the directions where they are those of another."
+    holder = part if part.wide_bits is not None else gate
+    found = dict(core=part.core_bits, narrow=part.narrow_bits, wide=holder.wide_bits)
+    return {name: value.detach() for name, value in found.items()}
+
+
+def copy_bits(
+    packed: SharedCoreExperts,  # The layer as it was stored
+    layer: SharedCoreExperts,  # The same in plain numbers, however they have changed
+) -> None:
+    "Let the rows of `layer` have the precision that they have in `packed`."
+    for name, part in packed.named_children():
+        if isinstance(part, PackedCore):
+            getattr(layer, name).row_bits = stored_bits(part, packed.gate)
+
+
 @torch.no_grad()
 def unpack_layer(layer: SharedCoreExperts) -> None:
     "Numbers in fp32 in place of the packed integers of a layer, in place; projections in another form stay."
     gate = layer.gate  # while it has its scales
     found = {name: part for name, part in layer.named_children() if isinstance(part, PackedCore)}
     for name, part in found.items():
+        row_bits = stored_bits(part, gate)
         holder = part if part.wide_bits is not None else gate
-        row_bits = dict(core=part.core_bits, narrow=part.narrow_bits, wide=holder.wide_bits)
         part.float(), holder.float()
         factors = {factor: part.factor(factor, gate) for factor in "PQG"}
         core = SharedCore(
@@ -337,5 +354,5 @@ def unpack_layer(layer: SharedCoreExperts) -> None:
             wide_ranks=part.wide_ranks,
             **factors,
         )
-        core.row_bits = {name: value.detach() for name, value in row_bits.items()}
+        core.row_bits = row_bits
         setattr(layer, name, core)
