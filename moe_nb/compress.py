@@ -21,6 +21,7 @@ from .hf_names import cast_model, unwrapped
 from moe_nb.layer import (
     CompressionConfig,
     align_layer,
+    budget_options,
     check_sources,
     check_work,
     compressed_layer,
@@ -65,7 +66,7 @@ def fit_model(
     config: CompressionConfig,
     calibration: list[torch.Tensor],  # Token sequences
 ) -> tuple[dict[str, dict[str, SharedCore]], dict[str, list[int]]]:
-    """Factors of all layers under the common budget of `config.ratio`; and the experts that no token reached.
+    """Factors of all layers under the common budget of `config`; and the experts that no token reached.
 
     Both by experts module; the factors by projection."""
     for module in tqdm(experts.values(), desc="aligning", unit="layer", leave=False):
@@ -73,9 +74,8 @@ def fit_model(
     moments = calibrate(model, calibration)
     unseen = {name: (moments[name].tokens == 0).nonzero().flatten().tolist() for name in experts}
     groups = model_groups(experts, config, moments)
-    budget = config.ratio * sum(group.X_Emd.numel() for group in groups.values())
-    options = dict(multiple=config.rank_multiple, interpolative=config.is_interpolative)
-    fit_budget(list(groups.values()), budget, rounds=config.rounds, **options)
+    options = budget_options(list(groups.values()), config)
+    fit_budget(list(groups.values()), rounds=config.rounds, **options)
     fitted = {name: {} for name in experts}
     for (name, *projections), group in groups.items():
         fitted[name] |= zip(projections, pack_group(group))
@@ -139,7 +139,7 @@ def compress_model(
 # %% ../nbs/27_compress.ipynb #int-f
 def store_as(
     model: nn.Module,  # Compressed; changed in place
-    weights: str,  # "float", "int8" or "interpolative", as in `CompressionConfig`
+    weights: str,  # As in `CompressionConfig`
     dtype: torch.dtype | None = None,  # Of numbers and scales; None: as they are
 ) -> None:
     """Store the factors of all layers in another form, and let the records of `model` say so.

@@ -48,6 +48,7 @@ from moe_nb.files import (
 )
 from .hf_format import modules_of, stored_form
 from .hf_names import cast_model, pretrained_model
+from .packed import copy_bits
 from .refine import LayerRecord, record_layers, refine_experts
 from moe_nb.resume import (
     CompressedModelSaveCallback,
@@ -678,7 +679,12 @@ def write_result(
     original_config = AutoConfig.from_pretrained(source)
     stored_dtype = original_config.dtype
     if compressed_experts(model):
-        store_as(model, stored_form(modules_of(original_config)), stored_dtype)
+        form = stored_form(modules_of(original_config))
+        if form == "packed":  # a checkpoint is plain and knows no precisions
+            packed = compressed_experts(stored_model(source))
+            for name, layer in compressed_experts(model).items():
+                copy_bits(packed[name], layer)
+        store_as(model, form, stored_dtype)
     if stored_dtype is not None:
         cast_model(model, stored_dtype)
     final = Path(config.output_dir) / "final"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Chunk', 'FEW', 'Slices', 'MOST_TOKENS', 'USUAL', 'FUSED', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks',
            'version_of', 'remembered', 'host_ranks', 'FactorSlices', 'IntegerSlices', 'InterpolativeSlices',
-           'sums_of_rows', 'FewRowSlices', 'joined', 'put_beside', 'layer_slices', 'inner_', 'both_cores',
-           'chunk_forward', 'token_forward', 'at_once', 'at_once_forward', 'loop_forward', 'padded_rows', 'Routing',
-           'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward', 'pairs_forward',
-           'is_usual', 'fastest', 'shared_core_forward', 'switched']
+           'PackedSlices', 'sums_of_rows', 'FewRowSlices', 'joined', 'put_beside', 'layer_slices', 'inner_',
+           'both_cores', 'chunk_forward', 'token_forward', 'at_once', 'at_once_forward', 'loop_forward', 'padded_rows',
+           'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward',
+           'pairs_forward', 'is_usual', 'fastest', 'shared_core_forward', 'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
 import weakref
@@ -25,6 +25,7 @@ from .experts import Layout
 from .hf_names import ALL_EXPERTS_FUNCTIONS, grouped
 from .int8 import IntegerCore, times_levels
 from .interpolative import InterpolativeCore
+from .packed import PackedCore
 from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs, sum_by_token
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
@@ -232,6 +233,23 @@ class InterpolativeSlices(FactorSlices):
             self.coefficients[expert], pivot_n, self.ranks["G"].ranks[expert]
         )
 
+
+class PackedSlices(FactorSlices):
+    "The same of a projection in packed integers."
+
+    def __init__(self, core: PackedCore, wide_of: PackedCore):
+        super().__init__(core, wide_of)
+        self.core, self.wide_of = core, wide_of
+
+    def rows(
+        self,
+        name: str,  # P, Q, G or V
+        expert: int,  # Its number
+    ) -> torch.Tensor:
+        "What `project` is to be multiplied by: rows of one expert."
+        (rows_rn,) = self.core.rows_of(name, self.wide_of, [expert])
+        return rows_rn
+
 # %% ../nbs/12_fast_experts.ipynb #90b51fc7
 def sums_of_rows(
     factor_Sn: torch.Tensor,  # Rows of all experts
@@ -293,7 +311,11 @@ def layer_slices(
     few: bool = False,  # Whether each expert has few pairs
 ) -> Slices:
     "Factors of gate, up and down by expert."
-    kinds = {IntegerCore: IntegerSlices, InterpolativeCore: InterpolativeSlices}
+    kinds = {
+        IntegerCore: IntegerSlices,
+        InterpolativeCore: InterpolativeSlices,
+        PackedCore: PackedSlices,
+    }
     usual = FewRowSlices if few and experts.gate.dtype == torch.bfloat16 else FactorSlices
     cores = experts.gate, experts.up, experts.down
     gate, up, down = (kinds.get(type(core), usual)(core, experts.gate) for core in cores)
@@ -444,7 +466,7 @@ def loop_forward(
         return at_once_forward(experts, slices, x_Td, token_P, weight_P1, counts)
     z_T2f = both_cores(experts, x_Td)
     T, d = x_Td.shape
-    f = down.core.shape[0]
+    f = down.f
     wide_dtype = torch.promote_types(x_Td.dtype, torch.float32)
     h_Tf = x_Td.new_zeros(T, f, dtype=wide_dtype)
     y_Td = x_Td.new_zeros(T, d, dtype=wide_dtype)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CompressionConfig', 'selected_experts', 'check_finite', 'check_sources', 'projection_groups', 'weighted_group',
-           'rank_for', 'group_sizes', 'useful_rank', 'check_rank', 'budget_groups', 'floor_of', 'check_floor',
-           'check_work', 'fit_uniform', 'align_layer', 'fit_layer', 'compressed_layer']
+           'rank_for', 'group_sizes', 'group_of_shapes', 'useful_rank', 'check_rank', 'budget_groups', 'floor_of',
+           'check_floor', 'scale_bits_of', 'check_bytes', 'budget_options', 'check_work', 'fit_uniform', 'align_layer',
+           'fit_layer', 'compressed_layer']
 
 # %% ../nbs/25_layer.ipynb #im940182
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,18 +29,31 @@ from moe_nb.experts import (
     read_experts,
     unknown_experts,
 )
-from .fit import Group, check_budget, fit_budget, make_group, pack_group, relative_error
+from moe_nb.fit import (
+    Group,
+    bit_prices,
+    check_budget,
+    fit_budget,
+    make_group,
+    pack_group,
+    relative_error,
+)
 from .fit_rank import Sizes, fit_adam, fit_closed_form, uniform_rank
 from .hf_format import FACTOR_FORMS, store_layer
-from .refine import LayerRecord, refine_experts
+from .refine import LayerRecord, RoundedExperts, refine_experts
 from .shared_core import SharedCore, SharedCoreExperts, Uncompressed, compressed_experts
 
 # %% ../nbs/25_layer.ipynb #f5653eb9
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
-    "How to compress; exactly one of `ratio` and `rank`. Also the flags of `moe-nb compress`."
+    "How to compress; exactly one of `ratio`, `byte_ratio` and `rank`. Also the flags of `moe-nb compress`."
 
     ratio: float | None = flag("stored / original expert parameters, between 0 and 1", default=None)
+    byte_ratio: float | None = flag(
+        "stored / original bytes of the experts (in the data type they are loaded in), in place of a ratio: packed, "
+        "each direction in the number of bits that it is worth",
+        default=None,
+    )
     rank: int | None = flag("rank of every wrapper, in place of a ratio", default=None)
     method: Literal["closed_form", "adam"] = flag(
         "closed_form, or the plain Adam recipe to compare with", default="closed_form"
@@ -66,9 +81,10 @@ class CompressionConfig:
         "default: the best of three for each layer, by a short trial",
         default=None,
     )
-    weights: Literal["float", "int8", "interpolative"] = flag(
+    weights: Literal["float", "int8", "interpolative", "packed"] = flag(
         "how the factors are stored: as numbers of dtype; as int8 with scales of dtype, in half the bytes of bf16; "
-        "or without the numbers that follow from others, which leaves room for larger ranks and computes slower",
+        "without the numbers that follow from others, which leaves room for larger ranks and computes slower; "
+        "or packed, four bits for each number, or as byte_ratio spends them",
         default="float",
     )
     steps: int = flag("steps of the Adam recipe", default=1000)
@@ -83,12 +99,15 @@ class CompressionConfig:
     )
 
     def __post_init__(self):
-        if (self.ratio is None) == (self.rank is None):
-            raise ValueError(
-                f"set exactly one of ratio and rank; got ratio={self.ratio}, rank={self.rank}"
-            )
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must lie between 0 and 1; got {self.ratio}")
+        budgets = dict(ratio=self.ratio, byte_ratio=self.byte_ratio, rank=self.rank)
+        if sum(value is not None for value in budgets.values()) != 1:
+            got = ", ".join(f"{name}={value}" for name, value in budgets.items())
+            raise ValueError(f"set exactly one of ratio, byte_ratio and rank; got {got}")
+        for name in ("ratio", "byte_ratio"):
+            if budgets[name] is not None and not 0 < budgets[name] < 1:
+                raise ValueError(f"{name} must lie between 0 and 1; got {budgets[name]}")
+        if self.byte_ratio is not None:
+            self._check_bytes()
         check_least(self, rank=1, rounds=1, steps=1, rank_multiple=1, align_width=0, refine_steps=0)
         if self.refine_lr is not None:
             check_positive(self, "refine_lr")
@@ -106,6 +125,17 @@ class CompressionConfig:
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16; got {self.dtype!r}")
 
+    def _check_bytes(self) -> None:
+        "Raise `ValueError` for options that a budget of bytes does not go with; it stores the factors packed."
+        usual = dict(weights=("float", "packed"), method=("closed_form",), rank_multiple=(1,))
+        for name, allowed in usual.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"byte_ratio does not go with {name} {value}: leave {name} out, or set a ratio"
+                )
+        object.__setattr__(self, "weights", "packed")
+
     @property
     def is_interpolative(self) -> bool:
         "Whether the budget is one of numbers in the interpolative form."
@@ -114,7 +144,7 @@ class CompressionConfig:
     @property
     def by_budget(self) -> bool:
         "Whether ranks come from one budget for the whole model; else every wrapper has the same rank."
-        return self.ratio is not None and self.method == "closed_form"
+        return self.rank is None and self.method == "closed_form"
 
 # %% ../nbs/25_layer.ipynb #8c06cf88
 def selected_experts(model: nn.Module, config: CompressionConfig) -> dict[str, nn.Module]:
@@ -207,6 +237,13 @@ def group_sizes(weights: ExpertWeights, names: list[str]) -> Sizes:
     return Sizes(B=len(names), E=weights.E, f=weights.f, d=weights.d)
 
 
+def group_of_shapes(weights: ExpertWeights, names: list[str]) -> Group:
+    "One group of projections without its weights, on the meta device."
+    B, E, f, d = group_sizes(weights, names)
+    dtype = weights[names[0]].dtype
+    return make_group(torch.empty(B, E, f, d, device="meta", dtype=dtype))
+
+
 def useful_rank(sizes: list[Sizes]) -> int:
     "The largest rank of all wrappers with which these groups store less than the original; 0 where there is none."
     original = sum(size.original for size in sizes)
@@ -259,13 +296,46 @@ def check_floor(pot: list[Sizes], ratio: float) -> None:
     check_budget(ratio * original, smallest, original, f"{needed}, and comes before any rank")
 
 
+def scale_bits_of(config: CompressionConfig, dtype: torch.dtype) -> int:
+    "Bits of a scale, for experts in this data type."
+    return 8 * (getattr(torch, config.dtype) if config.dtype else dtype).itemsize
+
+
+def check_bytes(groups: list[Group], config: CompressionConfig) -> None:
+    "Raise `ValueError` where what is stored beside the numbers is more than `config.byte_ratio` of these groups."
+    options = budget_options(groups, config)
+    smallest = sum(bit_prices(group, options["scale_bits"])[0] for group in groups)
+    if smallest > options["budget"]:
+        possible = math.ceil(10000 * config.byte_ratio * smallest / options["budget"]) / 10000
+        raise ValueError(
+            f"byte_ratio {config.byte_ratio:.4g} is too small: ranks, scales and precisions alone take {possible:.4f}"
+        )
+
+
+def budget_options(
+    groups: list[Group],  # That share a budget; on the meta device will do
+    config: CompressionConfig,
+) -> dict:
+    "The budget of these groups and how it is spent, as `allocate` takes them: in numbers, or in bits."
+    if config.byte_ratio is None:
+        numbers = sum(group.X_Emd.numel() for group in groups)
+        return dict(
+            budget=config.ratio * numbers,
+            multiple=config.rank_multiple,
+            interpolative=config.is_interpolative,
+        )
+    bits = 8 * sum(group.X_Emd.numel() * group.X_Emd.itemsize for group in groups)
+    scale_bits = scale_bits_of(config, groups[0].X_Emd.dtype)
+    return dict(budget=config.byte_ratio * bits, scale_bits=scale_bits)
+
+
 def check_work(
     experts: dict[str, nn.Module],  # To compress; on the meta device will do
     config: CompressionConfig,
     calibrated: bool,  # Whether data say what matters
 ) -> None:
     "Every check that needs no more than the shapes: layouts, ranks or budget."
-    sizes = []
+    sizes, empty = [], []
     for module in experts.values():
         weights = read_experts(module)
         groups = projection_groups(config, weights)
@@ -275,12 +345,17 @@ def check_work(
                 f"projections: {kind} has none of {config.projections}; it has {there}"
             )
         sizes += [group_sizes(weights, names) for names in groups]
+        empty += [group_of_shapes(weights, names) for names in groups]
     if config.rank is not None:
         check_rank(sizes, config.rank)
         return
     if not config.by_budget:
         for size in sizes:
             rank_for(size, config)
+        return
+    if config.byte_ratio is not None:
+        for pot in budget_groups(empty, calibrated):
+            check_bytes(pot, config)
         return
     pots = budget_groups(sizes, calibrated)
     check_floor(max(pots, key=floor_of), config.ratio)
@@ -319,13 +394,7 @@ def fit_layer(experts: nn.Module, config: CompressionConfig) -> dict[str, Shared
         align_layer(experts, config)
         for names in projection_groups(config, weights):
             group = make_group(weights.stacked(names))
-            fit_budget(
-                [group],
-                config.ratio * group.X_Emd.numel(),
-                rounds=config.rounds,
-                multiple=config.rank_multiple,
-                interpolative=config.is_interpolative,
-            )
+            fit_budget([group], rounds=config.rounds, **budget_options([group], config))
             fitted |= zip(names, pack_group(group))
     return fitted
 
@@ -352,12 +421,18 @@ def compressed_layer(
     errors = {}
     if record is not None:
         descent = dict(steps=config.refine_steps, lr=config.refine_lr, seed=config.seed)
-        fitted, refined = refine_experts(layer, record, **descent)
+        rounded = RoundedExperts(layer) if config.weights == "packed" else None
+        fitted, refined = refine_experts(rounded or layer, record, **descent)
+        if rounded:
+            rounded.settle()
         errors["output_error"] = dict(fitted=fitted, refined=refined)
+    dtype = getattr(torch, config.dtype) if config.dtype else experts.down_proj.dtype
+    if config.weights == "packed":  # before the numbers lose digits
+        store_layer(layer, config.weights, dtype)
     layer.to(experts.down_proj.dtype)
     if config.dtype:
         for part in layer.projections().values():
-            part.to(getattr(torch, config.dtype))
+            part.to(dtype)
     store_layer(layer, config.weights)
     of_weights = {}
     for name, part in layer.projections().items():

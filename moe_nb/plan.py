@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DESCRIPTION', 'LIBRARIES', 'described_model', 'layer_bytes', 'source_bytes', 'peak_bytes', 'operations',
-           'operations_per_second', 'calibration_bytes', 'Plan', 'planned_parameters', 'make_plan', 'check_disk',
-           'outcome']
+           'operations_per_second', 'calibration_bytes', 'Plan', 'fitted_parameters', 'planned_parameters',
+           'planned_bytes', 'make_plan', 'check_disk', 'outcome']
 
 # %% ../nbs/36_plan.ipynb #413acda0
 import json
@@ -23,16 +23,19 @@ from transformers import AutoConfig
 from .calibrate import check_head
 from .checkpoint import INDEXES
 from .experts import read_experts
-from .fit import directions_to_find, fit_operations, make_group
+from .fit import directions_to_find, fit_operations
 from .hf_names import bare_model, main_dtype
 from moe_nb.layer import (
     CompressionConfig,
+    budget_options,
     check_work,
+    group_of_shapes,
     group_sizes,
     projection_groups,
     selected_experts,
 )
 from .layerwise import decoder_layers
+from .packed import PRECISIONS, USUAL_BITS
 from .sources import model_folder
 from .statistics import stored_parameters
 
@@ -88,8 +91,10 @@ def operations(
             B, E, f, d = group_sizes(weights, projections)
             count = None
             if not calibrated:
-                group = make_group(torch.empty(B, E, f, d, device="meta"))
-                count = directions_to_find(group, config.ratio * group.X_Emd.numel())
+                group = group_of_shapes(weights, projections)
+                options = budget_options([group], config)
+                bits = PRECISIONS[0] if "scale_bits" in options else 1
+                count = directions_to_find(group, options["budget"] / bits)
             total += fit_operations(
                 B, E, f, d, rounds=config.rounds, weighted=calibrated, count=count
             )
@@ -137,9 +142,12 @@ class Plan:
     layers: int
     parameters: int
     expert_parameters: int
-    stored_parameters: int  # Of the compressed experts, at most
+    stored_parameters: (
+        int | None
+    )  # Of the compressed experts, at most; None: the budget is one of bytes
     bytes_in: int
     bytes_out: int
+    bytes_experts: int  # Of them, those of the compressed experts
     bytes_exported: int
     disk_bytes: int  # Output and what is needed on the way
     memory_bytes: float  # Most of one process
@@ -148,14 +156,16 @@ class Plan:
 
     def __str__(self) -> str:
         before = f"{self.expert_parameters / 1e9:.3f}"
-        after = f"{self.stored_parameters / 1e9:.3f}"
         lines = [
             f"{self.layers} MoE layers, {self.parameters / 1e9:.3f} billion parameters; "
-            f"{before} in the experts become {after}"
+            f"{before} in the experts"
         ]
+        if self.stored_parameters is not None:
+            lines[0] += f" become {self.stored_parameters / 1e9:.3f}"
         gigabytes = {
             "read": self.bytes_in,
             "written": self.bytes_out,
+            "of it the experts": self.bytes_experts,
             "an export writes": self.bytes_exported,
             "disk needed": self.disk_bytes,
             "memory, each process": self.memory_bytes,
@@ -167,15 +177,41 @@ class Plan:
         return "\n".join(lines)
 
 # %% ../nbs/36_plan.ipynb #d8e00711
-def planned_parameters(experts: dict[str, nn.Module], config: CompressionConfig) -> tuple[int, int]:
-    "Parameters of the modules `experts` before, and at most after."
-    before = sum(stored_parameters(module) for module in experts.values())
+def fitted_parameters(experts: dict[str, nn.Module], config: CompressionConfig) -> int:
+    "Parameters of the projections that are compressed, before it."
     fitted = 0
     for module in experts.values():
         weights = read_experts(module)
         for projections in projection_groups(config, weights):
             fitted += group_sizes(weights, projections).original
+    return fitted
+
+
+def planned_parameters(
+    experts: dict[str, nn.Module], config: CompressionConfig
+) -> tuple[int, int | None]:
+    "Parameters of the modules `experts` before, and at most after; None where the budget is one of bytes."
+    before = sum(stored_parameters(module) for module in experts.values())
+    if config.byte_ratio is not None:
+        return before, None
+    fitted = fitted_parameters(experts, config)
     return before, before - fitted + int(config.ratio * fitted)
+
+
+def planned_bytes(
+    experts: dict[str, nn.Module],
+    config: CompressionConfig,
+    source: torch.dtype,  # Of the original
+) -> int:
+    "Bytes of the modules `experts` after; the scales of integers under a budget of numbers come on top."
+    before = sum(stored_parameters(module) for module in experts.values())
+    fitted = fitted_parameters(experts, config)
+    itemsize = (getattr(torch, config.dtype) if config.dtype else source).itemsize
+    as_they_are = (before - fitted) * itemsize
+    if config.byte_ratio is not None:
+        return as_they_are + int(config.byte_ratio * fitted * source.itemsize)
+    bits = dict(int8=8, packed=USUAL_BITS).get(config.weights, 8 * itemsize)
+    return as_they_are + int(config.ratio * fitted) * bits // 8
 
 # %% ../nbs/36_plan.ipynb #df06208d
 def make_plan(
@@ -200,7 +236,8 @@ def make_plan(
     total = sum(parameter.numel() for parameter in model.parameters())
     before, after = planned_parameters(experts, config)
     dtype = getattr(torch, config.dtype) if config.dtype else main_dtype(model)
-    bytes_out = (total - before + after) * dtype.itemsize
+    bytes_experts = planned_bytes(experts, config, main_dtype(model))
+    bytes_out = (total - before) * dtype.itemsize + bytes_experts
     on_the_way = calibration_bytes(model, experts, calibration_tokens) if calibrated else 0
     work = operations(experts, config, calibrated)
     return Plan(
@@ -210,6 +247,7 @@ def make_plan(
         stored_parameters=after,
         bytes_in=source_bytes(source, model),
         bytes_out=bytes_out,
+        bytes_experts=bytes_experts,
         bytes_exported=total * dtype.itemsize,
         disk_bytes=bytes_out + on_the_way,
         memory_bytes=peak_bytes(experts, calibrated),

@@ -102,7 +102,10 @@ class SharedCore(nn.Module):
     """Factors of one projection of all experts of a layer: `X_e = (I + P_e Q_e^T) C + G_e V_e^T`, X_e `[f, d]`.
 
     `core` `[f, d]`; `P`, `Q` `[R, f]`; `G` `[S, f]`; `V` `[S, d]`, or None when it is that of another projection;
-    `narrow_ranks`, `wide_ranks` `[E]` int32, with sums R and S. Rows are directions, ordered by expert."""
+    `narrow_ranks`, `wide_ranks` `[E]` int32, with sums R and S. Rows are directions, ordered by expert.
+    `row_bits`: of its rows, by "core", "narrow" and "wide", once they are packed; not stored."""
+
+    row_bits: dict[str, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -122,6 +125,16 @@ class SharedCore(nn.Module):
             self.register_parameter(name, parameter)
         self.register_buffer("narrow_ranks", narrow_ranks)
         self.register_buffer("wide_ranks", wide_ranks)
+
+    @property
+    def f(self) -> int:
+        "The expert width."
+        return len(self.core)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        "How many numbers each stored tensor stands for."
+        return {name: value.numel() for name, value in self.state_dict().items()}
 
     @property
     def core_fd(self) -> torch.Tensor:

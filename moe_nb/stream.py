@@ -74,6 +74,7 @@ from moe_nb.layer import (
 from moe_nb.layerwise import (
     CalibrationFiles,
     GroupFiles,
+    buy,
     decoder_layers,
     fit_groups,
     layerwise_moments,
@@ -615,7 +616,7 @@ class StoredFit:
     "The fit of all layers under one budget: what `compress_layer` finishes."
 
     calibration: StoredCalibration
-    ranks: dict[str, list[int]]  # Group, by its name in the journal -> rank of each expert
+    bought: dict[str, dict]  # Group, by its name in the journal -> what was `bought`
 
 # %% ../nbs/35_stream.ipynb #efc74305
 def fit_together(run: StreamRun) -> StoredFit:
@@ -633,8 +634,8 @@ def fit_together(run: StreamRun) -> StoredFit:
             groups[files] = replace(make_group(weights.stacked(names)), weight=sensitivity)
             if name in mine:
                 my_files.append(files)
-    ranks = fit_groups(run.work, groups, my_files, run.config)
-    return StoredFit(calibration=calibration, ranks=ranks)
+    found = fit_groups(run.work, groups, my_files, run.config)
+    return StoredFit(calibration=calibration, bought=found)
 
 # %% ../nbs/35_stream.ipynb #511b526d
 def unpack_layer(
@@ -648,7 +649,7 @@ def unpack_layer(
     cores = {}
     for names, files in group_files(run, calibration, name).items():
         group = read_group(files, len(names), run.config.rounds - 1, device)
-        group.ranks_E = torch.tensor(fit.ranks[files.name], device=device)
+        buy(group, fit.bought[files.name], device)
         cores |= zip(names, pack_group(group))
     record = None
     if run.config.refine_steps:
