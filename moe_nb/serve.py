@@ -20,7 +20,7 @@ from torch import nn
 from .checkpoint import INDEXES, verify_directory
 from .experts import Layout, layout_of
 from .fast_experts import FUSED, host_ranks, is_usual, put_beside
-from .hf_format import COUNTS, empty_experts
+from .hf_format import COUNTS, empty_experts, form_of
 from .interpolative import expand_layer
 from .plan import described_model
 from .shards import LazyTensor, open_shard, runtime_names
@@ -125,6 +125,9 @@ def open_served(folder: Path) -> Served:
     metadata = verify_directory(folder, hashes=False)
     if metadata["weights_format"] != "safetensors":
         refuse(folder, "its weights are .pt files, which can not be read in part")
+    projections = [entry["projections"].values() for entry in metadata["layers"].values()]
+    if any(form_of(shapes) == "packed" for parts in projections for shapes in parts):
+        refuse(folder, "its factors are stored in the form packed")
     modules = {layer: entry["module"] for layer, entry in metadata["layers"].items()}
     layers = numbered(folder, list(modules.values()))
     model = empty_compressed(folder, metadata)
