@@ -6,9 +6,10 @@
 __all__ = ['RUN', 'TEXT', 'DistillationConfig', 'train_factors', 'training_arguments_of', 'training_arguments', 'with_text',
            'check_sources', 'sequences_of', 'as_rows', 'passes', 'layer_files', 'block_text', 'fit_recorded',
            'fit_layers', 'distill_blocks', 'run_identity', 'recorded_run', 'is_extended', 'check_run', 'text_digest',
-           'text_digests', 'check_text', 'claim_run', 'is_complete', 'check_result', 'load_student', 'load_teacher',
-           'known_teacher', 'targets_of', 'asks_teacher', 'complete_targets', 'global_stage', 'result_checkpoint',
-           'text_loss', 'check_progress', 'write_result', 'check_teacher', 'begin_run', 'run_text', 'distill']
+           'text_digests', 'check_text', 'claim_run', 'is_complete', 'check_result', 'even_pair', 'even_cores',
+           'load_student', 'load_teacher', 'known_teacher', 'targets_of', 'asks_teacher', 'complete_targets',
+           'global_stage', 'result_checkpoint', 'text_loss', 'check_progress', 'write_result', 'check_teacher',
+           'begin_run', 'run_text', 'distill']
 
 # %% ../nbs/44_distill.ipynb #945ea48f
 import json
@@ -56,7 +57,7 @@ from moe_nb.resume import (
     newest_checkpoint,
     stored_model,
 )
-from .shared_core import compressed_experts
+from .shared_core import SharedCore, compressed_experts, convert_factors
 from moe_nb.sources import (
     BESIDE_WEIGHTS,
     compressed_folder,
@@ -513,14 +514,43 @@ def check_result(config: DistillationConfig, compressed: bool) -> None:
             f"begin another run, with {final} as the student"
         )
 
+# %% ../nbs/44_distill.ipynb #dst-even-a
+def even_pair(
+    G_rm: torch.Tensor,  # Rows of one expert
+    V_rd: torch.Tensor,  # Rows of the same directions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Both with orthogonal rows, a pair of which has the same norm; `G^T V` stays."
+    left_mr, left_rr = torch.linalg.qr(G_rm.T)
+    right_dr, right_rr = torch.linalg.qr(V_rd.T)
+    U_rr, square_r, W_rr = torch.linalg.svd(left_rr @ right_rr.T)
+    size_r = square_r.sqrt()
+    return (left_mr @ U_rr * size_r).T, (right_dr @ W_rr.T * size_r).T
+
+
+@torch.no_grad()
+def even_cores(cores: list[SharedCore]) -> list[SharedCore]:
+    "Plain projections that share the V of the first, their directions by `even_pair`; changed in place."
+    ranks = cores[0].wide_ranks.tolist()
+    G_Sm = torch.cat([core.G for core in cores], dim=1)
+    pairs = zip(G_Sm.split(ranks), cores[0].V.split(ranks))
+    even_G, even_V = zip(*(even_pair(G_rm, V_rd) for G_rm, V_rd in pairs))
+    for core, G_Sf in zip(cores, torch.cat(even_G).chunk(len(cores), dim=1)):
+        core.G.copy_(G_Sf)
+    cores[0].V.copy_(torch.cat(even_V))
+    return cores
+
 # %% ../nbs/44_distill.ipynb #9631bff3
 def load_student(config: DistillationConfig) -> nn.Module:
     "The student in the data type of the training; a model that is not compressed draws a warning."
     model_folder(config.student_model_path, BESIDE_WEIGHTS)  # which says what is wrong with it
     stored = stored_model(config.student_model_path)
-    if stored_form(modules_of(stored.config)) != "float":
+    form = stored_form(modules_of(stored.config))
+    if form != "float":
         store_as(stored, "float")
     student = cast_model(stored, getattr(torch, config.dtype))
+    if form == "interpolative":
+        for layer in compressed_experts(student).values():
+            convert_factors(layer, even_cores)
     if not compressed_experts(student):
         logging.getLogger(__name__).warning(
             "%s is not compressed: the block-wise stage has nothing to do, "
