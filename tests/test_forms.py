@@ -86,6 +86,7 @@ def test_budget_of_bytes_is_kept():
     assert len(bits.unique()) > 2  # each direction its own
 
 
+@pytest.mark.slow
 def test_bytes_layer_by_layer_as_in_memory(tmp_path):
     model, tokenizer = load_tiny()
     model.bfloat16()
