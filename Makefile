@@ -37,7 +37,7 @@ test: $(READY) ## run every notebook as a test, and pytest beside them, which sa
 	@said=$$(mktemp); status=0; \
 	$(OFFLINE) $(BIN)/python -m pytest -q tests moe_nb --doctest-modules --durations=12 > $$said 2>&1 & tests=$$!; \
 	trap "kill $$tests; rm $$said; exit 1" INT TERM; \
-	$(OFFLINE) $(call LIMIT,1500) $(BIN)/nbdev_test --n_workers 2 --do_print --timing || status=1; \
+	$(OFFLINE) $(call LIMIT,2400) $(BIN)/nbdev_test --n_workers 2 --do_print --timing || status=1; \
 	wait $$tests || status=1; cat $$said; rm $$said; exit $$status
 
 test-slow: $(READY) ## the same with the cells and tests marked slow, one after the other
