@@ -126,9 +126,19 @@ class RoundedExperts(nn.Module):
     def __init__(self, layer: SharedCoreExperts):
         super().__init__()
         self.layer, self.bits, self.scales = layer, rounded_together(layer), nn.ParameterDict()
-        for names, bits_r in self.bits.items():
-            scale_r = best_scales(self.rows(names).detach(), bits_r)
+        for names, scale_r in self.fitting_scales().items():
             self.scales[self.key(names)] = nn.Parameter(scale_r)
+
+    @torch.no_grad()
+    def fitting_scales(self) -> dict[tuple[str, ...], torch.Tensor]:
+        "Names of factors -> the best scales of their rows as they are now."
+        return {names: best_scales(self.rows(names), bits_r) for names, bits_r in self.bits.items()}
+
+    @torch.no_grad()
+    def renew_scales(self) -> None:
+        "Let the scales be the best of the rows as they are now."
+        for names, scale_r in self.fitting_scales().items():
+            self.scales[self.key(names)].data = scale_r
 
     def key(self, names: tuple[str, ...]) -> str:
         "Name of the scales of these factors."

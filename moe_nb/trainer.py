@@ -22,8 +22,7 @@ from torch.func import functional_call
 from transformers import Trainer
 
 from .distill_loss import OutputHead, check_logits, distillation_loss, output_head
-from .packed import best_scales
-from .refine import rounded_together, straight_through
+from .refine import RoundedExperts
 from .resume import CompleteTrainer, checkpoints
 from .shared_core import compressed_experts
 
@@ -176,28 +175,24 @@ class RoundedFactors:
     "The factors of a `model` whose rows are to be packed, as they will be; none where no row has a precision."
 
     def __init__(self, model: nn.Module):  # Not wrapped
-        self.factors, self.scales, self.looked = {}, {}, -RENEWED
+        self.layers, self.looked = {}, -RENEWED
         for name, layer in compressed_experts(model).items():
             if any(getattr(core, "row_bits", None) for core in layer.projections().values()):
-                for names, bits_r in rounded_together(layer).items():
-                    inside = [layer.get_parameter(factor) for factor in names]
-                    key = tuple(f"{name}.{factor}" for factor in names)
-                    self.factors[key] = inside, bits_r
+                self.layers[name] = RoundedExperts(layer)
+                self.layers[name].scales.requires_grad_(False)  # they are looked for
 
     def numbers(
         self,
         step: int,  # Of the training
     ) -> dict[str, torch.Tensor]:
         "Name of each factor in the model -> its rounded numbers, through which the gradient goes straight."
-        if step >= self.looked + RENEWED:
+        found, is_time = {}, step >= self.looked + RENEWED
+        if is_time:
             self.looked = step
-            for key, (inside, bits_r) in self.factors.items():
-                value_rn = torch.cat([factor.detach() for factor in inside], dim=1)
-                self.scales[key] = best_scales(value_rn, bits_r)
-        found = {}
-        for key, (inside, bits_r) in self.factors.items():
-            value_rn = straight_through(torch.cat(inside, dim=1), self.scales[key], bits_r)
-            found |= zip(key, value_rn.chunk(len(key), dim=1))
+        for name, layer in self.layers.items():
+            if is_time:
+                layer.renew_scales()
+            found |= {f"{name}.{factor}": value for factor, value in layer.rounded().items()}
         return found
 
 # %% ../nbs/43_trainer.ipynb #3bfe8405
@@ -268,13 +263,13 @@ class DistillationTrainer(CompleteTrainer):
 
     def _rounded_factors(self):
         rounded = RoundedFactors(self.model)
-        if rounded.factors and (self.is_fsdp_enabled or self.args.gradient_checkpointing):
+        if rounded.layers and (self.is_fsdp_enabled or self.args.gradient_checkpointing):
             logging.getLogger(__name__).warning(
                 "with FSDP or gradient checkpointing the forward does not go through the rounding: "
                 "what is trained is rounded at the end only"
             )
             return None
-        return rounded if rounded.factors else None
+        return rounded if rounded.layers else None
 
     def _forward(self, model, batch):
         "Call `model`, with the factors as they will be stored."
