@@ -7,8 +7,8 @@ __all__ = ['LEAST_WEIGHT', 'EXACT', 'SPREAD', 'OVERSAMPLING', 'SWEEPS', 'HALVING
            'relative_error', 'principal_directions', 'balance', 'importance', 'Group', 'make_group',
            'leading_directions', 'directions_to_find', 'residual_directions', 'find_directions', 'best_buys',
            'bundled_squares', 'allocate', 'all_factors', 'wide_factors', 'weighted_core', 'improve_core',
-           'direction_losses', 'core_losses', 'bit_prices', 'cheapest', 'allocate_bits', 'solved_left', 'check_budget',
-           'fit_round', 'fit_budget', 'pack_group', 'fit_operations']
+           'direction_losses', 'core_losses', 'bit_prices', 'cheapest', 'dearest', 'allocate_bits', 'solved_left',
+           'check_budget', 'fit_round', 'fit_budget', 'pack_group', 'fit_operations']
 
 # %% ../nbs/22_fit.ipynb #70e23de1
 import math
@@ -422,6 +422,31 @@ def cheapest(
     return (losses_bn + level * prices_b.to(losses_bn)[:, None]).argmin(0)
 
 
+def dearest(
+    offers: list[
+        tuple[torch.Tensor, torch.Tensor]
+    ],  # Losses of each choice `[b, n]`, and its bits `[b]`
+    budget: float,  # Bits for one choice of each
+) -> float:
+    "The least that a bit has to save for the `cheapest` choices to fit into the budget."
+
+    def bits_at(level):
+        chosen = (
+            prices_b[cheapest(losses_bn, prices_b, level).cpu()] for losses_bn, prices_b in offers
+        )
+        return sum(prices_n.sum().item() for prices_n in chosen)
+
+    highest = max(losses_bn.max().item() for losses_bn, _ in offers)  # nothing is worth a bit then
+    low, high = -100.0, math.log2(max(highest, torch.finfo(torch.float32).tiny)) + 1
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if bits_at(2**middle) <= budget:
+            high = middle
+        else:
+            low = middle
+    return 2**high
+
+
 def allocate_bits(
     groups: list[Group],  # With losses; bits and ranks are filled in
     budget: float,  # Bits for all of them
@@ -434,26 +459,12 @@ def allocate_bits(
         fixed += smallest
         for losses, prices_b in zip((group.losses_bEk, group.core_losses_bm), prices):
             offers.append((group.weight * losses.double().flatten(1), prices_b))
-
-    def bits_at(level):
-        chosen = (
-            prices_b[cheapest(losses_bn, prices_b, level).cpu()] for losses_bn, prices_b in offers
-        )
-        return fixed + sum(prices_n.sum().item() for prices_n in chosen)
-
-    highest = max(losses_bn.max().item() for losses_bn, _ in offers)  # nothing is worth a bit then
-    low, high = -100.0, math.log2(max(highest, torch.finfo(torch.float32).tiny)) + 1
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if bits_at(2**middle) <= budget:
-            high = middle
-        else:
-            low = middle
+    level = dearest(offers, budget - fixed)
     choices = torch.tensor(CHOICES, dtype=torch.uint8)
     for group, of_directions, of_core in zip(groups, offers[::2], offers[1::2]):
-        bits_N = choices.to(group.losses_bEk.device)[cheapest(*of_directions, 2**high)]
+        bits_N = choices.to(group.losses_bEk.device)[cheapest(*of_directions, level)]
         group.bits_Ek = bits_N.view(group.losses_bEk.shape[1:])
-        group.core_bits_m = choices.to(bits_N.device)[cheapest(*of_core, 2**high)]
+        group.core_bits_m = choices.to(bits_N.device)[cheapest(*of_core, level)]
         group.ranks_E = (group.bits_Ek > 0).sum(1)
 
 # %% ../nbs/22_fit.ipynb #bd7af0d5
