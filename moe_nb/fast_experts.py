@@ -6,14 +6,14 @@
 __all__ = ['Chunk', 'FEW', 'Slices', 'MOST_TOKENS', 'USUAL', 'FUSED', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks',
            'version_of', 'remembered', 'host_ranks', 'FactorSlices', 'IntegerSlices', 'InterpolativeSlices',
            'PackedSlices', 'sums_of_rows', 'FewRowSlices', 'joined', 'put_beside', 'layer_slices', 'inner_',
-           'both_cores', 'chunk_forward', 'token_forward', 'at_once', 'at_once_forward', 'loop_forward', 'padded_rows',
-           'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward',
+           'both_cores', 'chunk_forward', 'token_forward', 'has_products', 'at_once', 'at_once_forward', 'loop_forward',
+           'padded_rows', 'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward',
            'pairs_forward', 'is_usual', 'fastest', 'shared_core_forward', 'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -111,7 +111,8 @@ Chunk = list[tuple[int, int, int]]  # Expert, first pair and number of pairs
 class FactorSlices:
     "Rows of each expert in the factors of one projection, as views; products with them land where they are needed."
 
-    def __init__(self, core: SharedCore, wide_of: SharedCore):
+    def __init__(self, core: SharedCore, wide_of: SharedCore, dtype: torch.dtype):
+        self.dtype = dtype  # Of what is multiplied
         stored = core._parameters  # found sooner than attributes of the module
         self.shares_V = stored["V"] is None
         holder = wide_of._parameters if self.shares_V else stored
@@ -135,7 +136,7 @@ class FactorSlices:
         expert: int,  # Its number
     ) -> torch.Tensor:
         "What `project` is to be multiplied by: rows of one expert."
-        return self.slice(name, expert)
+        return self.slice(name, expert).to(self.dtype)
 
     def project(
         self,
@@ -182,19 +183,10 @@ class FactorSlices:
 class IntegerSlices(FactorSlices):
     "The same of a projection in integers."
 
-    def __init__(self, core: IntegerCore, wide_of: IntegerCore):
-        super().__init__(core, wide_of)
-        self.dtype = core.dtype
+    def __init__(self, core: IntegerCore, wide_of: IntegerCore, dtype: torch.dtype):
+        super().__init__(core, wide_of, dtype)
         narrow_R, wide_S = core.narrow_scale, core.scale_of("V", wide_of)
         self.scales = dict(P=narrow_R, Q=narrow_R, G=wide_S, V=wide_S)
-
-    def rows(
-        self,
-        name: str,  # A factor
-        expert: int,  # Its number
-    ) -> torch.Tensor:
-        "What `project` is to be multiplied by: levels of one expert."
-        return self.slice(name, expert).to(self.dtype)
 
     def project(
         self,
@@ -211,8 +203,8 @@ class IntegerSlices(FactorSlices):
 class InterpolativeSlices(FactorSlices):
     "The same of a projection in the interpolative form."
 
-    def __init__(self, core: InterpolativeCore, wide_of: SharedCore):
-        super().__init__(core, wide_of)
+    def __init__(self, core: InterpolativeCore, wide_of: SharedCore, dtype: torch.dtype):
+        super().__init__(core, wide_of, dtype)
         self.core = core
         f, pivots = core.core.shape[0], host_ranks(core.pivot_counts)
         self.ranks["pivots"] = pivots
@@ -227,18 +219,17 @@ class InterpolativeSlices(FactorSlices):
     ) -> torch.Tensor:
         "What `project` is to be multiplied by: rows of one expert."
         if name != "G":
-            return self.slice(name, expert)
-        pivot_n = self.slice("pivots", expert)
-        return self.core.put_together(
-            self.coefficients[expert], pivot_n, self.ranks["G"].ranks[expert]
-        )
+            return super().rows(name, expert)
+        pivot_n, rank = self.slice("pivots", expert), self.ranks["G"].ranks[expert]
+        G_rf = self.core.put_together(self.coefficients[expert], pivot_n, rank)
+        return G_rf.to(self.dtype)
 
 
 class PackedSlices(FactorSlices):
     "The same of a projection in packed integers."
 
-    def __init__(self, core: PackedCore, wide_of: PackedCore):
-        super().__init__(core, wide_of)
+    def __init__(self, core: PackedCore, wide_of: PackedCore, dtype: torch.dtype):
+        super().__init__(core, wide_of, dtype)
         self.core, self.wide_of = core, wide_of
 
     def rows(
@@ -248,7 +239,7 @@ class PackedSlices(FactorSlices):
     ) -> torch.Tensor:
         "What `project` is to be multiplied by: rows of one expert."
         (rows_rn,) = self.core.rows_of(name, self.wide_of, [expert])
-        return rows_rn
+        return rows_rn.to(self.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #90b51fc7
 def sums_of_rows(
@@ -308,6 +299,7 @@ Slices = tuple[FactorSlices, FactorSlices, FactorSlices]  # Of gate, up and down
 
 def layer_slices(
     experts: SharedCoreExperts,
+    dtype: torch.dtype,  # Of what is multiplied
     few: bool = False,  # Whether each expert has few pairs
 ) -> Slices:
     "Factors of gate, up and down by expert."
@@ -316,9 +308,9 @@ def layer_slices(
         InterpolativeCore: InterpolativeSlices,
         PackedCore: PackedSlices,
     }
-    usual = FewRowSlices if few and experts.gate.dtype == torch.bfloat16 else FactorSlices
+    usual = FewRowSlices if few and dtype == torch.bfloat16 else FactorSlices
     cores = experts.gate, experts.up, experts.down
-    gate, up, down = (kinds.get(type(core), usual)(core, experts.gate) for core in cores)
+    gate, up, down = (kinds.get(type(core), usual)(core, experts.gate, dtype) for core in cores)
     if up.shares_V and type(experts.gate) is type(experts.up) is SharedCore:
         gate.factors["both"] = joined(experts.gate.G, experts.up.G)
     return gate, up, down
@@ -383,6 +375,16 @@ def token_forward(
     y_1d = y_Kd.sum(0, keepdim=True, dtype=wide_dtype)
     return y_1d.add_(experts.down.to_wide(h_1f.to(x_1d.dtype))).to(x_1d.dtype)
 
+# %% ../nbs/12_fast_experts.ipynb #nobf-b
+@lru_cache
+def has_products(dtype: torch.dtype) -> bool:
+    "Whether this CPU multiplies matrices of `dtype` as fast as those of float32."
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    return supported()
+
 # %% ../nbs/12_fast_experts.ipynb #c6fa6d66
 MOST_TOKENS = 64  # With more of them, products with experts that a token has not chosen take time
 
@@ -398,6 +400,7 @@ def at_once(
         experts.num_experts <= pairs
         and tokens <= MOST_TOKENS
         and experts.gate.dtype == torch.bfloat16
+        and has_products(torch.bfloat16)
         and all(type(core) is SharedCore for core in cores)
         and experts.up.V is None
     )
@@ -455,13 +458,16 @@ def loop_forward(
     if len(x_Td) == 1:
         chosen = top_k_index[0].tolist()
         if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts:
-            slices = layer_slices(experts, few=True)
+            slices = layer_slices(experts, x_Td.dtype, few=True)
             return token_forward(experts, slices, x_Td, chosen, top_k_weights)
 
     token_P, slot_P, counts = sorted_pairs(top_k_index, experts.num_experts)
     weight_P1 = top_k_weights[token_P, slot_P, None]
     few = len(token_P) <= FEW * sum(map(bool, counts))
-    down, slices = experts.down, layer_slices(experts, few)
+    stored_dtype = x_Td.dtype
+    if not has_products(stored_dtype):
+        x_Td = x_Td.float()
+    down, slices = experts.down, layer_slices(experts, x_Td.dtype, few)
     if at_once(experts, len(x_Td), len(token_P)):
         return at_once_forward(experts, slices, x_Td, token_P, weight_P1, counts)
     z_T2f = both_cores(experts, x_Td)
@@ -477,7 +483,7 @@ def loop_forward(
         h_pf, y_pd = chunk_forward(experts, slices, a_p2f, x_pd, weight_p1, chunk)
         h_Tf.index_add_(0, token_p, h_pf.to(wide_dtype))
         y_Td.index_add_(0, token_p, y_pd.to(wide_dtype))
-    return y_Td.add_(down.to_wide(h_Tf.to(x_Td.dtype))).to(x_Td.dtype)
+    return y_Td.add_(down.to_wide(h_Tf.to(x_Td.dtype))).to(stored_dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #832d9d40
 def padded_rows(

@@ -172,11 +172,11 @@ class SharedCore(nn.Module):
 
     def to_narrow(self, x_Td: torch.Tensor) -> torch.Tensor:
         "`C x` `[T, f]`, once per token."
-        return x_Td @ self.core_fd.T
+        return x_Td @ self.core_fd.T.to(x_Td.dtype)
 
     def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor:
         "`C^T h` `[T, d]`, once per token."
-        return h_Tf @ self.core_fd
+        return h_Tf @ self.core_fd.to(h_Tf.dtype)
 
     def weights(
         self,
