@@ -6,14 +6,14 @@
 __all__ = ['Chunk', 'FEW', 'Slices', 'MOST_TOKENS', 'USUAL', 'FUSED', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks',
            'version_of', 'remembered', 'host_ranks', 'FactorSlices', 'IntegerSlices', 'InterpolativeSlices',
            'PackedSlices', 'sums_of_rows', 'FewRowSlices', 'joined', 'put_beside', 'layer_slices', 'inner_',
-           'both_cores', 'chunk_forward', 'token_forward', 'has_products', 'at_once', 'at_once_forward', 'loop_forward',
-           'padded_rows', 'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward',
+           'both_cores', 'chunk_forward', 'token_forward', 'at_once', 'at_once_forward', 'loop_forward', 'padded_rows',
+           'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward',
            'pairs_forward', 'is_usual', 'fastest', 'shared_core_forward', 'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
 import weakref
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -26,7 +26,14 @@ from .hf_names import ALL_EXPERTS_FUNCTIONS, grouped
 from .int8 import IntegerCore, times_levels
 from .interpolative import InterpolativeCore
 from .packed import PackedCore
-from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs, sum_by_token
+from moe_nb.shared_core import (
+    WITHOUT_PRODUCTS,
+    SharedCore,
+    SharedCoreExperts,
+    sorted_pairs,
+    sum_by_token,
+    times_rows,
+)
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
 def expert_chunks(
@@ -165,8 +172,13 @@ class FactorSlices:
     ) -> None:
         "`z += t rows`, in place."
         for (expert, at, p), t_pr in zip(chunk, t):
-            if t_pr.shape[1]:
-                z_pn.narrow(0, at, p).addmm_(t_pr, self.rows(name, expert))
+            if not t_pr.shape[1]:
+                continue
+            z_en, rows_rn = z_pn.narrow(0, at, p), self.rows(name, expert)
+            if p == 1 and self.dtype in WITHOUT_PRODUCTS:
+                z_en.add_(times_rows(t_pr, rows_rn))
+            else:
+                z_en.addmm_(t_pr, rows_rn)
 
     def add_narrow_(
         self,
@@ -375,16 +387,6 @@ def token_forward(
     y_1d = y_Kd.sum(0, keepdim=True, dtype=wide_dtype)
     return y_1d.add_(experts.down.to_wide(h_1f.to(x_1d.dtype))).to(x_1d.dtype)
 
-# %% ../nbs/12_fast_experts.ipynb #nobf-b
-@lru_cache
-def has_products(dtype: torch.dtype) -> bool:
-    "Whether this CPU multiplies matrices of `dtype` as fast as those of float32."
-    if dtype not in (torch.bfloat16, torch.float16):
-        return True
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
-    return supported()
-
 # %% ../nbs/12_fast_experts.ipynb #c6fa6d66
 MOST_TOKENS = 64  # With more of them, products with experts that a token has not chosen take time
 
@@ -400,7 +402,7 @@ def at_once(
         experts.num_experts <= pairs
         and tokens <= MOST_TOKENS
         and experts.gate.dtype == torch.bfloat16
-        and has_products(torch.bfloat16)
+        and torch.bfloat16 not in WITHOUT_PRODUCTS
         and all(type(core) is SharedCore for core in cores)
         and experts.up.V is None
     )
@@ -465,7 +467,7 @@ def loop_forward(
     weight_P1 = top_k_weights[token_P, slot_P, None]
     few = len(token_P) <= FEW * sum(map(bool, counts))
     stored_dtype = x_Td.dtype
-    if not has_products(stored_dtype):
+    if stored_dtype in WITHOUT_PRODUCTS:
         x_Td = x_Td.float()
     down, slices = experts.down, layer_slices(experts, x_Td.dtype, few)
     if at_once(experts, len(x_Td), len(token_P)):

@@ -16,6 +16,7 @@ from moe_nb.shared_core import (
     SharedCoreExperts,
     convert_factors,
     rows_of,
+    times_rows,
 )
 
 # %% ../nbs/11a_int8.ipynb #int8-12
@@ -124,7 +125,7 @@ class IntegerCore(SharedCore):
 
     def to_wide(self, h_Tf: torch.Tensor) -> torch.Tensor:
         "`C^T h` `[T, d]`, once per token."
-        return (h_Tf * self.core_scale) @ self.core.to(h_Tf.dtype)
+        return times_rows(h_Tf * self.core_scale, self.core.to(h_Tf.dtype))
 
     def factor(self, name: str, wide_of: SharedCore | None = None) -> torch.Tensor:
         "All rows of P, Q, G or V as numbers to compute with; `wide_of` has V and the scales where this has none."
