@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Chunk', 'FEW', 'Slices', 'MOST_TOKENS', 'USUAL', 'FUSED', 'FORMS', 'expert_chunks', 'HostRanks', 'read_ranks',
            'version_of', 'remembered', 'host_ranks', 'FactorSlices', 'IntegerSlices', 'InterpolativeSlices',
-           'PackedSlices', 'sums_of_rows', 'FewRowSlices', 'joined', 'put_beside', 'layer_slices', 'inner_',
-           'both_cores', 'chunk_forward', 'token_forward', 'at_once', 'at_once_forward', 'loop_forward', 'padded_rows',
-           'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward',
+           'PackedSlices', 'row_numbers', 'sums_of_rows', 'FewRowSlices', 'joined', 'put_beside', 'layer_slices',
+           'inner_', 'both_cores', 'chunk_forward', 'token_forward', 'at_once', 'at_once_forward', 'loop_forward',
+           'padded_rows', 'Routing', 'route', 'Padding', 'padding', 'static_inner', 'static_forward', 'grouped_forward',
            'pairs_forward', 'is_usual', 'fastest', 'shared_core_forward', 'switched']
 
 # %% ../nbs/12_fast_experts.ipynb #87e85610
@@ -254,24 +254,39 @@ class PackedSlices(FactorSlices):
         return rows_rn.to(self.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #90b51fc7
+@remembered
+def row_numbers(ranks_E: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Where the rows of each expert are in a factor.
+
+    >>> [rows.tolist() for rows in row_numbers(torch.tensor([2, 0, 1]))]
+    [[0, 1], [], [2]]
+    """
+    ranks = ranks_E.tolist()
+    return torch.arange(sum(ranks)).split(ranks)
+
+
 def sums_of_rows(
     factor_Sn: torch.Tensor,  # Rows of all experts
-    known: HostRanks,  # Of the experts
+    rows_E: tuple[torch.Tensor, ...],  # Which of them are those of each expert
     t: list[torch.Tensor],  # Weights of the rows of each expert, `[p, r]`
     chunk: Chunk,
 ) -> torch.Tensor:
     "`t rows` of each pair, `[p, n]`, as one embedding bag each."
-    expert_p = [expert for expert, _, p in chunk for _ in range(p)]
-    rank_p = torch.tensor([known.ranks[expert] for expert in expert_p])
-    begin_p = torch.tensor([known.begins[expert] for expert in expert_p])
-    bag_p = rank_p.cumsum(0) - rank_p
+    row_p = [rows_E[expert] for expert, _, p in chunk for _ in range(p)]
+    ends_p = list(accumulate(map(len, row_p)))
+    bag_p = torch.tensor([0, *ends_p[:-1]])
     weight_R = torch.cat([t_pr.flatten() for t_pr in t])
-    row_R = torch.arange(len(weight_R)) + (begin_p - bag_p).repeat_interleave(rank_p)
-    return embedding_bag(row_R, factor_Sn, bag_p, mode="sum", per_sample_weights=weight_R)
+    return embedding_bag(
+        torch.cat(row_p), factor_Sn, bag_p, mode="sum", per_sample_weights=weight_R
+    )
 
 
 class FewRowSlices(FactorSlices):
     "The same for few pairs of each expert, in bf16."
+
+    def __init__(self, core: SharedCore, wide_of: SharedCore, dtype: torch.dtype):
+        super().__init__(core, wide_of, dtype)
+        self.core = core
 
     def add_rows_(
         self,
@@ -281,7 +296,8 @@ class FewRowSlices(FactorSlices):
         chunk: Chunk,
     ) -> None:
         "`z += t rows`, in place."
-        z_pn += sums_of_rows(self.factors[name], self.ranks[name], t, chunk)
+        ranks_E = self.core.narrow_ranks if name in ("P", "Q") else self.core.wide_ranks
+        z_pn += sums_of_rows(self.factors[name], row_numbers(ranks_E), t, chunk)
 
 # %% ../nbs/12_fast_experts.ipynb #9d64c2f5
 def joined(left_Sf: torch.Tensor, right_Sf: torch.Tensor) -> torch.Tensor | None:
