@@ -143,7 +143,8 @@ class FactorSlices:
         expert: int,  # Its number
     ) -> torch.Tensor:
         "What `project` is to be multiplied by: rows of one expert."
-        return self.slice(name, expert).to(self.dtype)
+        rows_rn = self.slice(name, expert)
+        return rows_rn if rows_rn.dtype == self.dtype else rows_rn.to(self.dtype)
 
     def project(
         self,
