@@ -1,11 +1,17 @@
 "Forms of the factors through the whole package: budget, distillation, saving, export, older versions."
 
 import copy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from harness import kill_after, shares, start_function
 from moe_nb import checkpoint, hf_format
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model
 from moe_nb.compress import compress_model, store_as
@@ -219,6 +225,57 @@ def test_older_package_refuses_it(directory, form, monkeypatch):
     for load in (load_compressed_model, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=said):
             load(directory)
+
+
+FILE = "layer_2/up_proj.safetensors"
+
+
+def flip(file):
+    "Change one bit"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file):
+    "Lose the end"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_damaged_directory_is_refused(directory, tmp_path, damage):
+    shutil.copytree(directory, tmp_path / "damaged")
+    damage(tmp_path / "damaged" / FILE)
+    with pytest.raises((ValueError, FileNotFoundError), match=FILE):
+        load_compressed_model(tmp_path / "damaged")
+
+
+def test_process_without_the_package_gets_an_error(directory):
+    code = (
+        "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True)
+    assert done.returncode and "size mismatch" in done.stderr.lower()
+
+
+def test_killed_while_saving(directory, tmp_path):
+    "The old directory is there until the new one is complete"
+    model, expected = load_compressed_model(directory), {}
+    for name, value in model.state_dict().items():
+        expected[name] = value.clone()
+    begun = time.monotonic()
+    target, log = tmp_path / "student", tmp_path / "log"
+    save_compressed_model(model, target)
+    moment = shares(time.monotonic() - begun, 0.05, 0.9)
+    killed = 0
+    for _ in range(3):
+        child = start_function(save_compressed_model, model, target, log=log)
+        killed += kill_after(child, moment(), log)
+        for name, value in load_compressed_model(target).state_dict().items():
+            assert torch.equal(value, expected[name]), name
+    assert killed
+    save_compressed_model(model, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "student"]
 
 
 def test_serving_takes_it_or_refuses_it_by_name(directory, form):
