@@ -11,7 +11,7 @@ OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 \
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$(abspath $(BIN)):$$PATH"
 LIMIT = $(if $(shell command -v timeout),timeout $(1))  # macOS has no timeout
 
-.PHONY: help demo lab check test test-slow test-oldest test-vllm serve-tests docs site refresh export format clean-notebooks
+.PHONY: help demo lab check test test-slow test-oldest test-vllm serve-tests docs site dist refresh export format clean-notebooks
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -67,6 +67,12 @@ docs: $(READY) ## render README.md from nbs/index.ipynb
 site: $(READY) ## render the notebooks as pages, into _site
 	@$(BIN)/python -m pip install --quiet --use-pep517 -c $(CONSTRAINTS) -e '.[site]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python .ci/site.py
+
+dist: $(READY) ## build wheel and sdist into dist, check them, and run the demo from the wheel in an environment of its own
+	@rm -rf dist $(VENV)-dist runs/from_wheel && $(BIN)/python -m pip install --quiet build twine
+	@$(BIN)/python -m build . > /dev/null && $(BIN)/twine check --strict dist/*
+	@$(PYTHON) -m venv $(VENV)-dist && $(VENV)-dist/bin/python -m pip install --quiet -c $(CONSTRAINTS) dist/*.whl
+	@cd dist && HF_HUB_OFFLINE=1 $(abspath $(VENV)-dist)/bin/moe-nb demo --output_dir $(abspath runs/from_wheel)
 
 refresh: $(READY) ## run notebooks and store their outputs (NB=path for one)
 	@$(BIN)/python .ci/refresh.py $(NB)

@@ -3,7 +3,7 @@ import sys
 from importlib import import_module
 from importlib.machinery import PathFinder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CompressionConfig", "CompressionStatistics", "compress_checkpoint", "compress_model", "evaluate_model", "export_to_hf_format", "load_compressed_model",
            "load_tiny", "perplexity", "read_texts", "save_compressed_model", "self_sequences", "tiny_path", "tiny_text", "token_sequences"]
 
