@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    pipeline,
+)
 
 from moe_nb.checkpoint import load_compressed_model, save_compressed_model
 from moe_nb.compress import compress_model
@@ -106,6 +112,19 @@ def test_everything_takes_every_name(compressed, hub, tmp_path, monkeypatch, nam
     load_teacher(settings, torch.device("cpu"))
     make_plan(original, CONFIG)
     compress_checkpoint(original, tmp_path / "again", CONFIG)
+
+
+def test_transformers_takes_a_compressed_hub_id(compressed, hub):
+    "`from_pretrained` and a pipeline, by id alone"
+    cached(compressed, hub, "me/small")
+    model = AutoModelForCausalLM.from_pretrained("me/small")
+    expected = load_compressed_model(compressed).state_dict()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
+    writer = pipeline("text-generation", model="me/small", device="cpu")
+    (written,) = writer("Return", max_new_tokens=4, do_sample=False)
+    ids = writer.tokenizer("Return", return_tensors="pt").input_ids
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert written["generated_text"] == writer.tokenizer.decode(generated[0])
 
 
 def test_everything_beside_the_weights_comes_out(source, compressed, tmp_path):
