@@ -474,18 +474,20 @@ def loop_forward(
         raise ValueError(
             "shared_core_loop has no gradient: use it under torch.no_grad(), or choose shared_core"
         )
+    stored_dtype = x_Td.dtype
+    is_integer = isinstance(experts.gate, IntegerCore)  # converted in any case
+    if stored_dtype in WITHOUT_PRODUCTS and (len(x_Td) > 1 or is_integer):
+        x_Td = x_Td.float()
     if len(x_Td) == 1:
         chosen = top_k_index[0].tolist()
         if chosen and 0 <= min(chosen) and max(chosen) < experts.num_experts:
             slices = layer_slices(experts, x_Td.dtype, few=True)
-            return token_forward(experts, slices, x_Td, chosen, top_k_weights)
+            y_1d = token_forward(experts, slices, x_Td, chosen, top_k_weights)
+            return y_1d.to(stored_dtype)
 
     token_P, slot_P, counts = sorted_pairs(top_k_index, experts.num_experts)
     weight_P1 = top_k_weights[token_P, slot_P, None]
     few = len(token_P) <= FEW * sum(map(bool, counts))
-    stored_dtype = x_Td.dtype
-    if stored_dtype in WITHOUT_PRODUCTS:
-        x_Td = x_Td.float()
     down, slices = experts.down, layer_slices(experts, x_Td.dtype, few)
     if at_once(experts, len(x_Td), len(token_P)):
         return at_once_forward(experts, slices, x_Td, token_P, weight_P1, counts)
