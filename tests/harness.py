@@ -86,7 +86,7 @@ def kill(
     exit_code(child)
 
 
-def until(condition: Callable, seconds: float = 60) -> None:
+def until(condition: Callable, seconds: float = 180) -> None:
     "Wait until `condition()` holds; fail after `seconds`"
     end = time.monotonic() + seconds
     while not condition():
