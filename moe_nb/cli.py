@@ -750,10 +750,10 @@ class DemoArguments:
     )
     ratio: float = flag("stored / original expert parameters", default=0.25)
     adam_steps: int = flag(
-        "steps of the plain recipe that the closed form is compared with", default=1000
+        "steps of the plain recipe of Adam, to compare with; 0: without it", default=0
     )
-    limit: int | None = flag("first items of each lm-eval task only", default=None)
-    ratios: list[float] = flag("further points of the curve", default=[0.1, 0.15, 0.5])
+    limit: int | None = flag("first items of each lm-eval task only", default=200)
+    ratios: list[float] = flag("further budgets in the figure, up to a minute each", default=[])
 
 # %% ../nbs/66_cli.ipynb #d923c48b
 def demo_calibration(tokenizer) -> list:
@@ -847,12 +847,14 @@ def demo_points(arguments: DemoArguments, tokenizer) -> list[dict]:
 
     sequences = demo_calibration(tokenizer)
     unweighted = CompressionConfig(ratio=arguments.ratio)
-    adam = CompressionConfig(ratio=arguments.ratio, method="adam", steps=arguments.adam_steps)
     runs = []
     for ratio in arguments.ratios:
         runs.append(("weighted fit", CompressionConfig(ratio=ratio), sequences))
     runs.append(("without calibration", unweighted, None))
-    runs.append(("plain recipe (Adam)", adam, None))
+    if arguments.adam_steps:
+        recipe = dict(method="adam", steps=arguments.adam_steps)
+        adam = CompressionConfig(ratio=arguments.ratio, **recipe)
+        runs.append(("plain recipe (Adam)", adam, None))
     points = []
     for method, config, calibration in runs:
         model, statistics = compress_model(load_tiny()[0], config, calibration)
@@ -886,6 +888,7 @@ def demo_report(
 
     title = "Embedded model, held-out text"
     figure = plot_frontier(points, original=table.perplexity[0], title=title)
+    figure.axes[0].set_xlim(0, 100)
     figure.savefig(folder / "frontier.png", dpi=150)
     results = dict(by=DEMO, table=table.to_dict("records"), points=points)
     replace_text(folder / "results.json", json.dumps(results, indent=2))
