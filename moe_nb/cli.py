@@ -839,7 +839,7 @@ def demo_scores(
 
 # %% ../nbs/66_cli.ipynb #286f8422
 def demo_points(arguments: DemoArguments, tokenizer) -> list[dict]:
-    "Points of the figure beside the demo's own: other budgets, and two simpler fits at the demo's."
+    "Points of the figure beside the demo's own: budgets that were asked for, and simpler fits at the demo's."
     from moe_nb.compress import compress_model
     from moe_nb.evaluate import perplexity
     from moe_nb.layer import CompressionConfig

@@ -12,7 +12,7 @@ from torch import nn
 from .baselines import default_experts
 from .calibrate import calibrate
 from .experts import read_experts, write_experts
-from .fit import Group, cheapest, dearest
+from .fit import Group, Offer, cheapest, dearest
 from .layer import weighted_group
 from .packed import PRECISIONS, best_scales, codes_of, numbers_of, rounded_rows
 from .refine import record_layers, refine_experts, straight_through
@@ -73,9 +73,7 @@ def stored_bits(
 
 
 def chosen_bits(
-    offers: list[
-        tuple[torch.Tensor, torch.Tensor]
-    ],  # Losses of experts at each of `WEIGHT_BITS` `[b, E]`, bits `[b]`
+    offers: list[Offer],  # Of the experts of each group at each of `WEIGHT_BITS`
     budget: float,  # Bits in all
 ) -> list[torch.Tensor]:
     "Bits `[E]` of a weight of the experts of each group: least loss within the budget."
@@ -141,7 +139,7 @@ class RoundedWeights(nn.Module):
 def gptq_experts(
     model: nn.Module,  # Changed in place; its experts are in fp32
     calibration: list[torch.Tensor],  # 1-D token-id tensors
-    bits: float,  # Of each weight, beside its scales; those of `per_expert` hold all that is stored
+    bits: float,  # Of each weight without its scales; with `per_expert`, of all that is stored
     *,
     per_expert: bool = False,  # Each projection of each expert has bits of its own, `bits` on average
     size: int = 128,  # Weights of a row that have one scale; the whole row where it is shorter
