@@ -49,7 +49,7 @@ test-slow: $(READY) ## the same with the cells and tests marked slow, one after 
 test-oldest: ## the fast tests with the oldest versions that settings.ini declares, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
 
-test-vllm: ## serve with vLLM, in an environment of its own (VLLM=vllm==0.33.0 for another one)
+test-vllm: ## serve with vLLM, then the tests of the package, in an environment of its own (VLLM=vllm==0.33.0 for another one)
 	@$(MAKE) --no-print-directory serve-tests VENV=$(VENV)-vllm CONSTRAINTS=/dev/null EXTRA=$(VLLM)
 
 serve-tests: $(READY)
@@ -59,7 +59,9 @@ serve-tests: $(READY)
 		$(OFFLINE) $(call LIMIT,1500) $(BIN)/nbdev_test --path nbs/$$name.ipynb --flags vllm --do_print || status=1; \
 	done; \
 	unset VLLM_ENABLE_V1_MULTIPROCESSING; \
-	$(OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py -m "slow or not slow" || status=1; exit $$status
+	$(OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py -m "slow or not slow" || status=1; \
+	$(OFFLINE) $(BIN)/python -m pytest -q tests moe_nb --doctest-modules --ignore tests/test_repository.py || status=1; \
+	exit $$status
 
 docs: $(READY) ## render README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py

@@ -397,8 +397,8 @@ def token_forward(
     "The forward of one token, `[1, d]`."
     K = len(chosen)
     chunk = [(expert, at, 1) for at, expert in enumerate(chosen)]
-    a_K2f, x_Kd = both_cores(experts, x_1d).repeat(K, 1), x_1d.expand(K, -1)
-    h_Kf, y_Kd = chunk_forward(experts, slices, a_K2f, x_Kd, weight_1K.t(), chunk)
+    a_K2f, x_Kd = (value_1n.expand(K, -1) for value_1n in (both_cores(experts, x_1d), x_1d))
+    h_Kf, y_Kd = chunk_forward(experts, slices, a_K2f.contiguous(), x_Kd, weight_1K.t(), chunk)
     wide_dtype = torch.promote_types(x_1d.dtype, torch.float32)
     h_1f = h_Kf.sum(0, keepdim=True, dtype=wide_dtype)
     y_1d = y_Kd.sum(0, keepdim=True, dtype=wide_dtype)

@@ -280,6 +280,7 @@ class Share(NamedTuple):
 
     experts: SharedCoreExperts
     first: int  # Number of the first one among all of the layer
+    is_whole: bool  # Whether they are all of the layer
 
 
 def load_share(
@@ -307,7 +308,8 @@ def load_share(
         state[name] = torch.tensor(getattr(experts.template, name).shape)
     experts.load_state_dict(state, assign=True)
     expand_layer(experts)
-    return Share(experts.requires_grad_(False).eval(), chosen.start)
+    is_whole = experts.num_experts == original.num_experts
+    return Share(experts.requires_grad_(False).eval(), chosen.start, is_whole)
 
 # %% ../nbs/37_serve.ipynb #4efc4836
 def served_forward(
@@ -317,10 +319,12 @@ def served_forward(
     index_TK: torch.Tensor,  # The chosen experts, numbered within the layer
 ) -> torch.Tensor:
     "The part of these experts in the weighted sum, `[T, d]`; over all ranks it adds up to the output of the layer."
-    count = share.experts.num_experts
-    local_TK = index_TK.long() - share.first
-    is_ours = (local_TK >= 0) & (local_TK < count)
-    return share.experts(x_Td, torch.where(is_ours, local_TK, count), weight_TK)
+    index_TK = index_TK.long()
+    if not share.is_whole:
+        local_TK, count = index_TK - share.first, share.experts.num_experts
+        is_ours = (local_TK >= 0) & (local_TK < count)
+        index_TK = torch.where(is_ours, local_TK, count)
+    return share.experts(x_Td, index_TK, weight_TK)
 
 # %% ../nbs/37_serve.ipynb #e9211003
 def padded_factor(
