@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .experts import ExpertWeights, find_experts, gated, read_experts, routing
+from .products import beneath_modes, fast_products, times_rows
 from .shared_core import pairs_by_expert
 from .text import batches, read_texts, token_sequences  # noqa: F401  moved from here
 
@@ -72,6 +73,7 @@ def activation(
     return h_pf.detach(), torch.cat(slopes, dim=-1)
 
 # %% ../nbs/20_calibrate.ipynb #906b4ae2
+@beneath_modes
 @torch.no_grad()
 def add_moments(
     moments: Moments,  # Added to
@@ -91,7 +93,7 @@ def add_moments(
     for e, token_p, slot_p in pairs_by_expert(top_k_index, weights.E):
         x_pd = hidden_states[token_p]
         w2_p1 = top_k_weights[token_p, slot_p, None].float().square()
-        inner_pf = [x_pd @ weights[name][e].T for name in weights.inner]
+        inner_pf = [times_rows(x_pd, weights[name][e].T) for name in weights.inner]
         h_pf, c_p2f = activation(experts, inner_pf, biases_E[e])
         for total, value in (
             (moments.inputs, x_pd),
@@ -220,6 +222,7 @@ def collect_moments(model: nn.Module, calibration: Iterable[torch.Tensor]) -> di
     return moments
 
 # %% ../nbs/20_calibrate.ipynb #b501f0d3
+@fast_products()
 @torch.enable_grad()
 def run_batches(model: nn.Module, calibration: Iterable[torch.Tensor]) -> int:
     "Forward and backward of the summed cross-entropy; returns the number of tokens."

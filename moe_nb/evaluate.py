@@ -39,6 +39,7 @@ from .text import check_max_length
 
 if TYPE_CHECKING:  # it takes seconds to import, and perplexity needs none of it
     from lm_eval.tasks import TaskManager
+from .products import fast_products
 
 # %% ../nbs/50_evaluate.ipynb #b3b02ce4
 def start_token(tokenizer) -> int:
@@ -67,6 +68,7 @@ def token_windows(
     return windows
 
 # %% ../nbs/50_evaluate.ipynb #15a8e42a
+@fast_products()
 @torch.no_grad()
 def batch_nll(model: nn.Module, windows: list[list[int]]) -> torch.Tensor:
     "Negative log-likelihood (nats) of every token but the first of each window: `[S]`, float64, on the CPU."
@@ -291,6 +293,7 @@ def unasked_system() -> Iterator[None]:
         evaluator.add_env_info = asking
 
 # %% ../nbs/50_evaluate.ipynb #5e71c0de
+@fast_products()
 def lm_eval_results(
     model: nn.Module,  # Loaded
     tokenizer,  # Of `model`

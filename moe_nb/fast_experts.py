@@ -26,14 +26,8 @@ from .hf_names import ALL_EXPERTS_FUNCTIONS, grouped
 from .int8 import IntegerCore, times_levels
 from .interpolative import InterpolativeCore
 from .packed import PackedCore
-from moe_nb.shared_core import (
-    WITHOUT_PRODUCTS,
-    SharedCore,
-    SharedCoreExperts,
-    sorted_pairs,
-    sum_by_token,
-    times_rows,
-)
+from .products import WITHOUT_PRODUCTS, beneath_modes, times_rows
+from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs, sum_by_token
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
 def expert_chunks(
@@ -176,7 +170,7 @@ class FactorSlices:
             if not t_pr.shape[1]:
                 continue
             z_en, rows_rn = z_pn.narrow(0, at, p), self.rows(name, expert)
-            if p == 1 and self.dtype in WITHOUT_PRODUCTS:
+            if self.dtype in WITHOUT_PRODUCTS:
                 z_en.add_(times_rows(t_pr, rows_rn))
             else:
                 z_en.addmm_(t_pr, rows_rn)
@@ -461,6 +455,7 @@ def at_once_forward(
     return y_Td.add_(experts.down.to_wide(h_Tf.to(x_Td.dtype))).to(x_Td.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #7aa0fb96
+@beneath_modes
 def loop_forward(
     experts: SharedCoreExperts,
     x_Td: torch.Tensor,  # Tokens

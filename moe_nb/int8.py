@@ -10,13 +10,13 @@ __all__ = ['LARGEST', 'LEVELS', 'scales_of', 'levels_of', 'even_rows', 'times_le
 import torch
 from torch import nn
 
+from .products import times_rows
 from moe_nb.shared_core import (
     ExpertFactors,
     SharedCore,
     SharedCoreExperts,
     convert_factors,
     rows_of,
-    times_rows,
 )
 
 # %% ../nbs/11a_int8.ipynb #int8-12

@@ -43,6 +43,7 @@ from moe_nb.files import (
 )
 from .fit import Group, allocate, fit_round
 from .layer import CompressionConfig, budget_options
+from .products import fast_products
 from .refine import LayerRecord
 from .text import batches
 
@@ -170,6 +171,7 @@ def run_layer(
     return output[0] if isinstance(output, tuple) else output
 
 # %% ../nbs/34_layerwise.ipynb #67791096
+@fast_products()
 def output_gradient(
     model: nn.Module,  # Its layers may be empty
     ids_BL: torch.Tensor,  # Token ids
@@ -237,6 +239,7 @@ class Passage:
         return counts
 
 # %% ../nbs/34_layerwise.ipynb #1320ed3d
+@fast_products()
 def begin_passage(
     model: nn.Module,  # Its layers may be empty
     calibration: list[torch.Tensor],  # 1-D token-id tensors
@@ -293,6 +296,7 @@ def send_batch(
     put_value(files.hidden(index + 1, batch), output_BLd)
 
 # %% ../nbs/34_layerwise.ipynb #2c9eab70
+@fast_products()
 @torch.no_grad()
 def forward_layer(
     passage: Passage,
@@ -333,6 +337,7 @@ def forward_layer(
     )
 
 # %% ../nbs/34_layerwise.ipynb #460307a8
+@fast_products()
 def backward_layer(
     passage: Passage,
     index: int,  # Of the layer, which has its weights

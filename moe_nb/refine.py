@@ -18,6 +18,7 @@ from torch import nn
 from .calibrate import watched
 from .experts import routing
 from .packed import best_scales, bits_of
+from .products import fast_products
 from .shared_core import SharedCore, SharedCoreExperts
 from .text import batches
 
@@ -35,6 +36,7 @@ class LayerRecord(NamedTuple):
         return LayerRecord(*(value[tokens] for value in self))
 
 # %% ../nbs/24_refine.ipynb #5a2385a3
+@fast_products()
 @torch.no_grad()
 def record_layers(
     model: nn.Module,  # A transformers MoE, uncompressed

@@ -26,6 +26,7 @@ from jinja2 import TemplateError
 from torch import nn
 from tqdm.auto import tqdm
 
+from .products import fast_products
 from .tiny import is_tiny, tiny_text
 
 # %% ../nbs/03_text.ipynb #4af57159
@@ -507,6 +508,7 @@ def calibration_sequences(calibration: Iterable[torch.Tensor] | None) -> list[to
     return sequences
 
 # %% ../nbs/03_text.ipynb #94b6fdeb
+@fast_products()
 @torch.no_grad()
 def self_sequences(
     model: nn.Module,
