@@ -984,7 +984,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'moe_nb.products': { 'moe_nb.products.ProductsInFloat32': ('products.html#productsinfloat32', 'moe_nb/products.py'),
                                  'moe_nb.products.ProductsInFloat32.__torch_dispatch__': ( 'products.html#productsinfloat32.__torch_dispatch__',
                                                                                            'moe_nb/products.py'),
-                                 'moe_nb.products.beneath_modes': ('products.html#beneath_modes', 'moe_nb/products.py'),
+                                 'moe_nb.products.chooses_types': ('products.html#chooses_types', 'moe_nb/products.py'),
                                  'moe_nb.products.fast_products': ('products.html#fast_products', 'moe_nb/products.py'),
                                  'moe_nb.products.has_products': ('products.html#has_products', 'moe_nb/products.py'),
                                  'moe_nb.products.in_half': ('products.html#in_half', 'moe_nb/products.py'),

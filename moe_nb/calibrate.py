@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .experts import ExpertWeights, find_experts, gated, read_experts, routing
-from .products import beneath_modes, fast_products, times_rows
+from .products import chooses_types, fast_products, times_rows
 from .shared_core import pairs_by_expert
 from .text import batches, read_texts, token_sequences  # noqa: F401  moved from here
 
@@ -73,7 +73,7 @@ def activation(
     return h_pf.detach(), torch.cat(slopes, dim=-1)
 
 # %% ../nbs/20_calibrate.ipynb #906b4ae2
-@beneath_modes
+@chooses_types
 @torch.no_grad()
 def add_moments(
     moments: Moments,  # Added to

@@ -26,7 +26,7 @@ from .hf_names import ALL_EXPERTS_FUNCTIONS, grouped
 from .int8 import IntegerCore, times_levels
 from .interpolative import InterpolativeCore
 from .packed import PackedCore
-from .products import WITHOUT_PRODUCTS, beneath_modes, times_rows
+from .products import WITHOUT_PRODUCTS, chooses_types, times_rows
 from .shared_core import SharedCore, SharedCoreExperts, sorted_pairs, sum_by_token
 
 # %% ../nbs/12_fast_experts.ipynb #e800c9b9
@@ -455,7 +455,7 @@ def at_once_forward(
     return y_Td.add_(experts.down.to_wide(h_Tf.to(x_Td.dtype))).to(x_Td.dtype)
 
 # %% ../nbs/12_fast_experts.ipynb #7aa0fb96
-@beneath_modes
+@chooses_types
 def loop_forward(
     experts: SharedCoreExperts,
     x_Td: torch.Tensor,  # Tokens

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WITHOUT_PRODUCTS', 'ATTENTION', 'PRODUCTS', 'has_products', 'in_half', 'times_rows', 'overloads', 'widened',
-           'ProductsInFloat32', 'fast_products', 'beneath_modes']
+           'ProductsInFloat32', 'fast_products', 'chooses_types']
 
 # %% ../nbs/02a_products.ipynb #prod-a04
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 # %% ../nbs/02a_products.ipynb #nobf-b
 def has_products(dtype: torch.dtype) -> bool:
@@ -72,7 +72,8 @@ class ProductsInFloat32(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         halves = [value for value in args if in_half(value)] if operation in PRODUCTS else []
-        if not halves or halves[-2].shape[-2] == 1:  # the last two are what is multiplied
+        is_mixed = len({value.dtype for value in halves}) > 1  # which torch refuses
+        if len(halves) < 2 or is_mixed or halves[-2].shape[-2] == 1:  # the last two are factors
             return operation(*args, **kwargs)
         wide_kwargs = {name: widened(value) for name, value in kwargs.items()}
         found = operation(*map(widened, args), **wide_kwargs)
@@ -92,11 +93,13 @@ def fast_products() -> Iterator[None]:
         yield
 
 # %% ../nbs/02a_products.ipynb #prod-a19
-def beneath_modes(compute: Callable) -> Callable:
-    "`compute`, whose operations no dispatch mode is asked about."
+def chooses_types(compute: Callable) -> Callable:
+    "`compute`, about whose operations `ProductsInFloat32` is not asked; other modes are."
 
     @wraps(compute)
     def unseen(*args, **kwargs):
+        if not isinstance(_get_current_dispatch_mode(), ProductsInFloat32):
+            return compute(*args, **kwargs)
         with torch._C._DisableTorchDispatch():
             return compute(*args, **kwargs)
 
