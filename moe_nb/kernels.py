@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGING', 'INTERPRETED', 'Sizes', 'TUNED', 'MOST_DECODED', 'ACTIVATIONS', 'DTYPES', 'NAME', 'jit', 'within',
-           'is_expert', 'tile', 'product', 'activated', 'Shape', 'usual_sizes', 'sizes_of', 'tuned_rows', 'use_tuned',
-           'row_bounds', 'Rows', 'rows_of', 'expert_rows', 'Layer', 'layer_of', 'name_of', 'Call', 'shape_of',
-           'call_of', 'count_kernel', 'place_pairs', 'place_blocks', 'place_kernel', 'Blocks', 'blocks_of',
+           'is_expert', 'tile', 'product', 'scaled', 'activated', 'Shape', 'usual_sizes', 'sizes_of', 'tuned_rows',
+           'use_tuned', 'row_bounds', 'Rows', 'rows_of', 'expert_rows', 'Layer', 'layer_of', 'name_of', 'Call',
+           'shape_of', 'call_of', 'count_kernel', 'place_pairs', 'place_blocks', 'place_kernel', 'Blocks', 'blocks_of',
            'pairs_of_block', 'project_kernel', 'project', 'hidden_kernel', 'hidden', 'expand_kernel', 'expand',
            'sum_kernel', 'sum_pairs', 'prefill', 'products', 'rows_of_pair', 'decode_inner_kernel', 'decode_inner',
            'decode_hidden_kernel', 'decode_hidden', 'decode_outer_kernel', 'decode_outer', 'decode', 'fused',
@@ -24,6 +24,7 @@ import torch
 
 from .fast_experts import FUSED, host_ranks, remembered, switched
 from .hf_names import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from .int8 import IntegerCore
 from .shared_core import SharedCore, SharedCoreExperts
 
 try:
@@ -88,6 +89,22 @@ def product(
     if INTERPRETED:  # which multiplies bfloat16 as if it were integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@jit
+def scaled(
+    sums,  # A number for each row
+    scale,  # Pointer to the scales of all rows; not read without HAS_SCALE
+    row,  # Numbers of the rows
+    is_row,  # Which of them are wanted
+    is_direction,  # Whether the same scale waits in another factor
+    HAS_SCALE: tl.constexpr,  # Whether the rows are integers
+):
+    "The sums times the scales of their rows, for a direction once for V and once for G."
+    if HAS_SCALE:
+        number = tl.load(scale + row, mask=is_row, other=0.0).to(tl.float32)
+        sums *= number * tl.where(is_direction, number, 1.0)
+    return sums
 
 # %% ../nbs/14_kernels.ipynb #4fd027d2
 @jit
@@ -204,19 +221,39 @@ class Layer(NamedTuple):
     G_outer_Sf: torch.Tensor
     inner_rank_E: torch.Tensor
     outer_rank_E: torch.Tensor
+    gate_scale_f: torch.Tensor | None = (
+        None  # Of the rows of the cores, where all matrices are integers
+    )
+    up_scale_f: torch.Tensor | None = None
+    down_scale_f: torch.Tensor | None = None
+    inner_scale_S: torch.Tensor | None = None  # Of the rows of V, and of those of G
+    outer_scale_S: torch.Tensor | None = None
 
     @property
     def matrices(self) -> tuple[torch.Tensor, ...]:
-        "All but the ranks."
-        return self[:-2]
+        "Cores and factors."
+        return self[:8]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        "All that there are, as an operator takes them."
+        return [tensor for tensor in self if tensor is not None]
+
+    def numbers(self, name: str) -> torch.Tensor:
+        "The core of gate, up or down, as numbers to compute with."
+        core_fd, scale_f = getattr(self, f"{name}_fd"), getattr(self, f"{name}_scale_f")
+        return core_fd if scale_f is None else core_fd * scale_f[:, None]
 
 
 def layer_of(experts: SharedCoreExperts) -> Layer:
     "The tensors of `experts`."
-    gate, up, down = experts.gate, experts.up, experts.down
-    cores = gate.core, up.core, down.core
-    ranks = gate.wide_ranks, down.wide_ranks
-    return Layer(*cores, gate.V, gate.G, up.G, down.V, down.G, *ranks)
+    cores = gate, up, down = experts.gate, experts.up, experts.down
+    factors = gate.V, gate.G, up.G, down.V, down.G
+    tensors = *(core.core for core in cores), *factors, gate.wide_ranks, down.wide_ranks
+    if not isinstance(gate, IntegerCore):
+        return Layer(*tensors)
+    scales = *(core.core_scale for core in cores), gate.wide_scale, down.wide_scale
+    return Layer(*tensors, *scales)
 
 # %% ../nbs/14_kernels.ipynb #c3949a3c
 @lru_cache
@@ -422,6 +459,7 @@ def pairs_of_block(
 def project_kernel(
     x,  # Rows of WIDTH numbers: tokens, or one row for each pair
     factor_Sn,  # Rows of all experts, one after the other
+    scale_S,  # Of the rows, if HAS_SCALE
     out_Ps,  # Result
     pair_P,  # This and the next: `Blocks`
     table_B3,  # From `Blocks`
@@ -431,6 +469,7 @@ def project_kernel(
     K: tl.constexpr,  # Pairs that share a row of `x`
     WIDTH: tl.constexpr,  # n
     BY_PAIR: tl.constexpr,  # Rows of the result in the order of pairs; else in that of `pair_P`
+    HAS_SCALE: tl.constexpr,  # Whether the factor is one of integers
     BM: tl.constexpr,  # Pairs of a block
     BR: tl.constexpr,  # Ranks at a time
     BK: tl.constexpr,  # Columns at a time
@@ -453,7 +492,10 @@ def project_kernel(
         inside = within(k0 + k, WIDTH, BK)[None, :]
         rows = tl.load(x_tile + k0, mask=is_pair[:, None] & inside, other=0.0)
         factor = tl.load(factor_tile + k0, mask=is_rank[:, None] & inside, other=0.0)
-        sums = product(rows, factor.T, sums)
+        sums = product(rows, factor.to(rows.dtype).T, sums)
+    if HAS_SCALE:
+        number = tl.load(scale_S + first + r, mask=is_rank, other=0.0).to(tl.float32)
+        sums *= (number * number)[None, :]
     out = tile(out_Ps, pair if BY_PAIR else position, r, s)
     is_here = is_pair[:, None] & is_rank[None, :]
     tl.store(out, sums.to(out_Ps.dtype.element_ty), mask=is_here)
@@ -466,14 +508,18 @@ def project(
     rows: Rows,
     blocks: Blocks,
     sizes: dict[str, int],  # Of tiles
+    scale_S: torch.Tensor | None = None,  # Of its rows, if it is one of integers
     by_pair: bool = False,  # Rows of the result in the order of pairs; else in that of `blocks.pair_P`
 ) -> torch.Tensor:
     "Each pair's row against the rows of its expert, `[P, s]`."
     P = len(call.expert_P)
     tiles = triton.cdiv(rows.s, sizes["BR"])
     t_Ps = call.empty(P, rows.s)
-    arguments = x, factor_Sn, t_Ps, blocks.pair_P, blocks.table_B3, *rows, tiles
+    has_scale = scale_S is not None
+    tensors = x, factor_Sn, scale_S if has_scale else factor_Sn, t_Ps
+    arguments = *tensors, blocks.pair_P, blocks.table_B3, *rows, tiles
     constants = dict(K=P // len(x), WIDTH=x.shape[1], BY_PAIR=by_pair, BM=blocks.BM)
+    constants |= dict(HAS_SCALE=has_scale)
     project_kernel[(len(blocks.table_B3) * tiles,)](*arguments, **constants, **sizes)
     return t_Ps
 
@@ -517,8 +563,8 @@ def hidden_kernel(
         of_rank = is_rank[:, None] & inside
         gate_rows = tl.load(tile(gate_Sf, first + r, column, F), mask=of_rank, other=0.0)
         up_rows = tl.load(tile(up_Sf, first + r, column, F), mask=of_rank, other=0.0)
-        gate = product(t, gate_rows, gate)
-        up = product(t, up_rows, up)
+        gate = product(t, gate_rows.to(t.dtype), gate)
+        up = product(t, up_rows.to(t.dtype), up)
     weight = tl.load(weight_P + pair, mask=is_pair, other=0.0).to(tl.float32)
     h = activated(gate, ACTIVATION) * up * weight[:, None]
     tl.store(tile(h_Pf, pair, column, F), h.to(h_Pf.dtype.element_ty), mask=is_here)
@@ -574,7 +620,7 @@ def expand_kernel(
         factor = tl.load(
             tile(factor_Sd, first + r, column, D), mask=is_rank[:, None] & inside, other=0.0
         )
-        y = product(t, factor, y)
+        y = product(t, factor.to(t.dtype), y)
     out = tile(y_Pd, pair, column, D)
     tl.store(out, y.to(y_Pd.dtype.element_ty), mask=is_pair[:, None] & inside)
 
@@ -649,14 +695,17 @@ def prefill(
     blocks = blocks_of(call.expert_P, call.E, **call.sizes["blocks"])
     f = len(layer.gate_fd)
     z_T2f = call.empty(len(call.x_Td), 2 * f)
-    torch.mm(call.x_Td, layer.gate_fd.t(), out=z_T2f[:, :f])
-    torch.mm(call.x_Td, layer.up_fd.t(), out=z_T2f[:, f:])
-    t_Ps = project(call, call.x_Td, layer.V_inner_Sd, inner, blocks, call.sizes["project"])
+    gate_fd, up_fd, down_fd = map(layer.numbers, ("gate", "up", "down"))
+    torch.mm(call.x_Td, gate_fd.t(), out=z_T2f[:, :f])
+    torch.mm(call.x_Td, up_fd.t(), out=z_T2f[:, f:])
+    sizes, scale_S = call.sizes["project"], layer.inner_scale_S
+    t_Ps = project(call, call.x_Td, layer.V_inner_Sd, inner, blocks, sizes, scale_S)
     h_Pf = hidden(call, layer, z_T2f, t_Ps, inner, blocks)
-    y_Td = torch.mm(sum_pairs(call, h_Pf), layer.down_fd)
+    y_Td = torch.mm(sum_pairs(call, h_Pf), down_fd)
     if not outer.s:
         return y_Td
-    t_Ps = project(call, h_Pf, layer.G_outer_Sf, outer, blocks, call.sizes["project_back"])
+    sizes, scale_S = call.sizes["project_back"], layer.outer_scale_S
+    t_Ps = project(call, h_Pf, layer.G_outer_Sf, outer, blocks, sizes, scale_S)
     y_Pd = expand(call, t_Ps, layer.V_outer_Sd, outer, blocks)
     return sum_pairs(call, y_Pd, base_Tn=y_Td)
 
@@ -701,6 +750,9 @@ def decode_inner_kernel(
     gate_fd,  # Core of gate
     up_fd,  # Core of up
     V_Sd,  # V of gate and up, which share it
+    gate_scale_f,  # This and the two that follow: scales of their rows, if HAS_SCALE
+    up_scale_f,  # Of the core of up
+    scale_S,  # Of V and G
     z_T2f,  # Result: `C x` of gate and up, side by side
     t_Ps,  # Result: `V x` of each pair
     expert_P,  # Expert of each pair
@@ -713,6 +765,7 @@ def decode_inner_kernel(
     K: tl.constexpr,  # Experts per token
     F: tl.constexpr,  # Expert width
     D: tl.constexpr,  # Model width
+    HAS_SCALE: tl.constexpr,  # Whether the matrices are integers
     BN: tl.constexpr,  # Columns of a program
     BK: tl.constexpr,  # Columns at a time
 ):
@@ -726,6 +779,7 @@ def decode_inner_kernel(
         row = first + column
         is_row = column < rank
         factor = V_Sd
+        scale = scale_S
         out = t_Ps + pair.to(tl.int64) * s
     else:
         job = program - P * tiles
@@ -736,10 +790,13 @@ def decode_inner_kernel(
         row = column
         is_row = column < F
         factor = gate_fd
+        scale = gate_scale_f
         if is_up:
             factor = up_fd
+            scale = up_scale_f
         out = z_T2f + token.to(tl.int64) * (2 * F) + is_up.to(tl.int32) * F
     sums = products(x_Td + token.to(tl.int64) * D, factor, row, is_row, D, BN, BK)
+    sums = scaled(sums, scale, row, is_row, program < P * tiles, HAS_SCALE)
     tl.store(out + column, sums, mask=is_row)
 
 # %% ../nbs/14_kernels.ipynb #61c8b278
@@ -756,8 +813,12 @@ def decode_inner(
     z_T2f = call.empty(T, 2 * f, dtype=torch.float32)
     t_Ps = call.empty(P, inner.s, dtype=torch.float32)
     factors = layer.gate_fd, layer.up_fd, layer.V_inner_Sd
-    arguments = call.x_Td, *factors, z_T2f, t_Ps, call.expert_P, *inner, T, P, call.E, tiles
-    decode_inner_kernel[(programs,)](*arguments, K=call.K, F=f, D=d, **sizes)
+    has_scale = layer.inner_scale_S is not None
+    scales = layer.gate_scale_f, layer.up_scale_f, layer.inner_scale_S
+    given = *factors, *(scales if has_scale else factors)
+    arguments = call.x_Td, *given, z_T2f, t_Ps, call.expert_P, *inner, T, P, call.E, tiles
+    constants = dict(K=call.K, F=f, D=d, HAS_SCALE=has_scale)
+    decode_inner_kernel[(programs,)](*arguments, **constants, **sizes)
     return z_T2f, t_Ps
 
 # %% ../nbs/14_kernels.ipynb #107555a3
@@ -768,6 +829,7 @@ def decode_hidden_kernel(
     gate_Sf,  # G of gate
     up_Sf,  # G of up
     down_Sf,  # G of down
+    scale_S,  # Of its rows, if HAS_SCALE
     h_Pf,  # Result
     parts_CPs,  # Result: `G h` of each pair, as far as each block of columns contributes
     expert_P,  # Expert of each pair
@@ -783,6 +845,7 @@ def decode_hidden_kernel(
     ACTIVATION: tl.constexpr,  # One of the values of `ACTIVATIONS`
     INNER_STEPS: tl.constexpr,  # Steps of BR in `inner_s`
     OUTER_STEPS: tl.constexpr,  # Steps of BR in `outer_s`
+    HAS_SCALE: tl.constexpr,  # Whether the matrices are integers
     BF: tl.constexpr,  # Columns of a program
     BR: tl.constexpr,  # Ranks at a time
 ):
@@ -825,6 +888,8 @@ def decode_hidden_kernel(
             of_rank = (r < outer_rank)[:, None] & inside[None, :]
             down = tl.load(tile(down_Sf, outer_first + r, column, F), mask=of_rank, other=0.0)
         sums = tl.sum(down.to(tl.float32) * h[None, :], 1)
+        is_rank = r < outer_rank
+        sums = scaled(sums, scale_S, outer_first + r, is_rank, True, HAS_SCALE)
         tl.store(part + r, sums, mask=r < outer_rank)
 
 # %% ../nbs/14_kernels.ipynb #dd6275e0
@@ -842,11 +907,13 @@ def decode_hidden(
     parts = triton.cdiv(f, sizes["BF"])
     h_Pf = call.empty(P, f, dtype=torch.float32)
     parts_CPs = call.empty(parts, P, outer.s, dtype=torch.float32)
-    factors = layer.G_gate_Sf, layer.G_up_Sf, layer.G_outer_Sf
+    has_scale = layer.outer_scale_S is not None
+    scale_S = layer.outer_scale_S if has_scale else layer.G_outer_Sf
+    factors = layer.G_gate_Sf, layer.G_up_Sf, layer.G_outer_Sf, scale_S
     arguments = z_T2f, t_Ps, *factors, h_Pf, parts_CPs, call.expert_P, call.weight_P
     inner_steps, outer_steps = (triton.cdiv(rows.s, sizes["BR"]) for rows in (inner, outer))
     constants = dict(K=call.K, F=f, ACTIVATION=call.activation)
-    constants |= dict(INNER_STEPS=inner_steps, OUTER_STEPS=outer_steps)
+    constants |= dict(INNER_STEPS=inner_steps, OUTER_STEPS=outer_steps, HAS_SCALE=has_scale)
     rows = *inner, *outer, P, call.E
     decode_hidden_kernel[(P * parts,)](*arguments, *rows, **constants, **sizes)
     return h_Pf, parts_CPs
@@ -858,6 +925,7 @@ def decode_outer_kernel(
     parts_CPs,  # From `decode_hidden_kernel`
     down_fd,  # Core of down
     V_Sd,  # V of down
+    scale_f,  # Of the rows of the core, if HAS_SCALE
     y_Td,  # Result
     expert_P,  # Expert of each pair
     bounds,  # This and the next: `Rows`
@@ -870,6 +938,7 @@ def decode_outer_kernel(
     D: tl.constexpr,  # Model width
     PARTS: tl.constexpr,  # C, blocks of columns in `decode_hidden_kernel`
     STEPS: tl.constexpr,  # Steps of BR in the rows of all K experts
+    HAS_SCALE: tl.constexpr,  # Whether the matrices are integers
     BD: tl.constexpr,  # Columns of a program
     BR: tl.constexpr,  # Ranks at a time
 ):
@@ -892,6 +961,7 @@ def decode_outer_kernel(
             pair = token * K + k
             width = tl.where(is_expert(tl.load(expert_P + pair), E), F, 0)
             h += tl.load(h_Pf + pair.to(tl.int64) * F + row, mask=row < width, other=0.0)
+        h = scaled(h, scale_f, row, is_row, False, HAS_SCALE)
         y_part += h[:, None] * core.to(tl.float32)
 
     # The ranks of the experts, one after the other: s of each, as far as it has so many
@@ -924,10 +994,12 @@ def decode_outer(
     (T, d), P, f = call.x_Td.shape, len(call.expert_P), h_Pf.shape[1]
     sizes = call.sizes["decode_outer"]
     y_Td = call.empty(T, d)
-    factors = layer.down_fd, layer.V_outer_Sd
+    has_scale = layer.down_scale_f is not None
+    factors = layer.down_fd, layer.V_outer_Sd, layer.down_scale_f if has_scale else layer.down_fd
     arguments = h_Pf, parts_CPs, *factors, y_Td, call.expert_P, *outer, T, P, call.E
     steps = triton.cdiv(call.K * outer.s, sizes["BR"])
     constants = dict(K=call.K, F=f, D=d, PARTS=len(parts_CPs), STEPS=steps)
+    constants |= dict(HAS_SCALE=has_scale)
     programs = T * triton.cdiv(d, sizes["BD"])
     decode_outer_kernel[(programs,)](*arguments, **constants, **sizes)
     return y_Td
@@ -949,7 +1021,7 @@ def fused(
     x_Td: torch.Tensor,  # Tokens
     top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
     top_k_weights: torch.Tensor,  # Their weights, `[T, K]`
-    layer: list[torch.Tensor],  # `Layer`
+    layer: list[torch.Tensor],  # `Layer.tensors`
     activation: str,  # One of the values of `ACTIVATIONS`
 ) -> torch.Tensor:
     "The forward by kernels, `[T, d]`; without gradient."
@@ -971,7 +1043,7 @@ def fused_operator(
     x_Td: torch.Tensor,  # Tokens
     top_k_index: torch.Tensor,  # Chosen experts, `[T, K]`
     top_k_weights: torch.Tensor,  # Their weights, `[T, K]`
-    layer: list[torch.Tensor],  # `Layer`
+    layer: list[torch.Tensor],  # `Layer.tensors`
     activation: str,  # One of the values of `ACTIVATIONS`
 ) -> torch.Tensor:
     "`fused`, for graphs."
@@ -1010,15 +1082,18 @@ def obstacle(experts: SharedCoreExperts, x_Td: torch.Tensor) -> str | None:
     if torch.is_grad_enabled():
         return "kernels have no gradient: use them under torch.no_grad()"
     gate, up, down = experts.gate, experts.up, experts.down
-    if any(type(core) is not SharedCore for core in (gate, up, down)):
-        return "the factors are not stored as plain numbers"
+    kinds = {type(core) for core in (gate, up, down)}
+    if kinds not in ({SharedCore}, {IntegerCore}):
+        return "the factors are stored neither as plain numbers nor as integers of one byte"
     if gate.V is None or up.V is not None or down.V is None:
         return "gate and up do not share V"
     if len(gate.P) or len(up.P) or len(down.P):
         return "there are narrow factors"
     if activation_of(experts) is None:
         return "its activation is not written as a kernel"
-    dtypes = {tensor.dtype for tensor in layer_of(experts).matrices}
+    dtypes = {down.dtype}
+    if kinds == {SharedCore}:
+        dtypes = {tensor.dtype for tensor in layer_of(experts).matrices}
     if x_Td.dtype not in DTYPES or dtypes != {x_Td.dtype}:
         return "tokens and factors are not all in bfloat16, float16 or float32"
     return None
@@ -1037,8 +1112,8 @@ def triton_forward(
             f"{NAME} can not compute this: {found}; choose shared_core, which then takes another form"
         )
     compute = fused_operator if torch.compiler.is_compiling() else fused
-    layer = list(layer_of(experts))
-    return compute(x_Td, top_k_index, top_k_weights, layer, activation_of(experts))
+    tensors = layer_of(experts).tensors
+    return compute(x_Td, top_k_index, top_k_weights, tensors, activation_of(experts))
 
 # %% ../nbs/14_kernels.ipynb #42bf9443
 NAME = "shared_core_triton"

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from moe_nb import kernels
 from moe_nb.compress import compress_model
 from moe_nb.fast_experts import FUSED, fastest
+from moe_nb.int8 import round_layer
 from moe_nb.kernels import INTERPRETED, NAME, TUNED, Layer, triton_forward
 from moe_nb.layer import CompressionConfig
 from moe_nb.original_kernels import original_triton
@@ -109,14 +110,20 @@ CASES = [("ragged", 3, case) for case in ("some", *ODD)]
 CASES += [("ragged", 17, case) for case in ("some", "out of range")]
 CASES += [("ragged", T, "some") for T in (0, 1, 64, 257)]
 CASES += [(ranks, T, "some") for ranks in ("equal", "zero", "none to down") for T in (1, 17)]
+CASES = [(*case, "float") for case in CASES]
+CASES += [(*case, "int8") for case in (("ragged", 3, "some"), ("ragged", 17, "out of range"))]
+CASES += [("ragged", T, "some", "int8") for T in (0, 1, 64)]
+CASES += [("zero", T, "some", "int8") for T in (1, 17)]
 
 
 @runs_kernels
-@pytest.mark.parametrize("ranks, T, case", CASES)
+@pytest.mark.parametrize("ranks, T, case, weights", CASES)
 @torch.no_grad()
-def test_forms_equal_the_plain_form(ranks, T, case, monkeypatch):
+def test_forms_equal_the_plain_form(ranks, T, case, weights, monkeypatch):
     "Both of them for three tokens, the one that is taken for any other number"
     experts, batch = random_block(ranks), routed(T, case)
+    if weights == "int8":
+        round_layer(experts)
     reference = expected(experts, *batch)
     for most in (0, 16) if T == 3 else (16,):
         monkeypatch.setattr(kernels, "MOST_DECODED", most)
@@ -230,6 +237,7 @@ with torch.no_grad():
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -265,10 +273,11 @@ def stack_bytes(cubin, path):
 
 
 @pytest.mark.skipif(ON_GPU or bool(INTERPRETED), reason="compiles what it does not run")
+@pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("T", [1, 512])
 @torch.no_grad()
-def test_kernels_compile_for_a_gpu(T, monkeypatch, tmp_path):
-    "For an H100, with the dimensions of Qwen3-30B-A3B, in bfloat16: shared memory and registers suffice"
+def test_kernels_compile_for_a_gpu(T, weights_dtype, monkeypatch, tmp_path):
+    "For an H100, with the dimensions of Qwen3-30B-A3B, tokens in bfloat16: shared memory and registers suffice"
     launched = []
 
     def launch(self, *arguments, grid, warmup, **options):
@@ -281,10 +290,15 @@ def test_kernels_compile_for_a_gpu(T, monkeypatch, tmp_path):
     shapes = dict(gate_fd=(f, d), up_fd=(f, d), down_fd=(f, d))
     shapes |= dict(V_inner_Sd=(E * rank, d), V_outer_Sd=(E * rank, d))
     shapes |= {name: (E * rank, f) for name in ("G_gate_Sf", "G_up_Sf", "G_outer_Sf")}
-    tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    tensors = {name: torch.empty(shape, dtype=weights_dtype) for name, shape in shapes.items()}
+    if weights_dtype == torch.int8:
+        for name in ("gate_scale_f", "up_scale_f", "down_scale_f"):
+            tensors[name] = torch.empty(f, dtype=torch.bfloat16)
+        for name in ("inner_scale_S", "outer_scale_S"):
+            tensors[name] = torch.empty(E * rank, dtype=torch.bfloat16)
     layer = Layer(**tensors, inner_rank_E=rank_E, outer_rank_E=rank_E)
     x_Td, weights = (torch.empty(T, n, dtype=torch.bfloat16) for n in (d, K))
-    kernels.fused(x_Td, torch.zeros(T, K, dtype=torch.int64), weights, list(layer), "silu")
+    kernels.fused(x_Td, torch.zeros(T, K, dtype=torch.int64), weights, layer.tensors, "silu")
     rival = SimpleNamespace(
         gate_up_proj=torch.empty(E, 2 * f, d, dtype=torch.bfloat16),
         down_proj=torch.empty(E, d, f, dtype=torch.bfloat16),
