@@ -1,6 +1,7 @@
 "Render the notebooks as pages with mkdocs, into _site (`make site`): no network, no link that leads nowhere."
 
 import re
+import shutil
 import sys
 import tempfile
 from html.parser import HTMLParser
@@ -85,6 +86,8 @@ def main():
         for path in sorted(NOTEBOOKS.rglob("*.ipynb")):
             if ".ipynb_checkpoints" not in path.parts:
                 stage(path, Path(folder))
+        for path in NOTEBOOKS.rglob("*.yaml"):
+            shutil.copy(path, Path(folder) / path.relative_to(NOTEBOOKS))
         settings = dict(docs_dir=folder, site_dir=str(site))
         build(load_config(str(ROOT / ".ci" / "mkdocs.yml"), **settings))
     broken = broken_links(site)

@@ -16,9 +16,11 @@ import uuid
 import nbformat
 import pytest
 import websocket  # comes with jupyter_server
+from nbdev.config import get_config
 from test_repository import NOTEBOOKS, ROOT, name, script
 
 skipped = script("refresh").skipped
+FLAGS = frozenset(get_config().tst_flags.split())
 BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
 CHROMIUM = next(filter(None, BROWSERS), None)
 
@@ -157,11 +159,11 @@ def code_cells(notebook):
 
 
 def without_flagged(path, copy):
-    "The notebook without its outputs and the cells that need hours, a GPU or a terminal"
+    "The notebook without its outputs and the cells that need hours, a GPU, vLLM or Triton's interpreter"
     notebook = nbformat.read(path, as_version=4)
     kept = []
     for cell in notebook.cells:
-        if cell.cell_type != "code" or not skipped(cell, {"slow", "cuda"}):
+        if cell.cell_type != "code" or not skipped(cell, FLAGS):
             kept.append(cell)
     notebook.cells = kept
     for cell in code_cells(notebook):
