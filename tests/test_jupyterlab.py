@@ -62,9 +62,13 @@ def lab(root, folder):
         f"--IdentityProvider.token={token}",
     ]
 
+    tracker = folder / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text('{"windowingMode": "none"}')  # else cells out of sight are not in the page
     environment = dict(
         PYTHONPATH=str(ROOT),
         JUPYTER_CONFIG_DIR=str(folder / "config"),
+        JUPYTERLAB_SETTINGS_DIR=str(folder / "settings"),
         PYTHONWARNINGS="ignore:IProgress not found",
     )
 
