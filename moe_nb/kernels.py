@@ -93,7 +93,7 @@ def product(
 
 @jit
 def scaled(
-    sums,  # A number for each row
+    sums,  # A number for each row; rows are the last dimension
     scale,  # Pointer to the scales of all rows; not read without HAS_SCALE
     row,  # Numbers of the rows
     is_row,  # Which of them are wanted
@@ -493,9 +493,7 @@ def project_kernel(
         rows = tl.load(x_tile + k0, mask=is_pair[:, None] & inside, other=0.0)
         factor = tl.load(factor_tile + k0, mask=is_rank[:, None] & inside, other=0.0)
         sums = product(rows, factor.to(rows.dtype).T, sums)
-    if HAS_SCALE:
-        number = tl.load(scale_S + first + r, mask=is_rank, other=0.0).to(tl.float32)
-        sums *= (number * number)[None, :]
+    sums = scaled(sums, scale_S, first + r, is_rank, True, HAS_SCALE)
     out = tile(out_Ps, pair if BY_PAIR else position, r, s)
     is_here = is_pair[:, None] & is_rank[None, :]
     tl.store(out, sums.to(out_Ps.dtype.element_ty), mask=is_here)
@@ -890,7 +888,7 @@ def decode_hidden_kernel(
         sums = tl.sum(down.to(tl.float32) * h[None, :], 1)
         is_rank = r < outer_rank
         sums = scaled(sums, scale_S, outer_first + r, is_rank, True, HAS_SCALE)
-        tl.store(part + r, sums, mask=r < outer_rank)
+        tl.store(part + r, sums, mask=is_rank)
 
 # %% ../nbs/14_kernels.ipynb #dd6275e0
 def decode_hidden(
@@ -1091,7 +1089,7 @@ def obstacle(experts: SharedCoreExperts, x_Td: torch.Tensor) -> str | None:
         return "there are narrow factors"
     if activation_of(experts) is None:
         return "its activation is not written as a kernel"
-    dtypes = {down.dtype}
+    dtypes = {core.dtype for core in (gate, up, down)}
     if kinds == {SharedCore}:
         dtypes = {tensor.dtype for tensor in layer_of(experts).matrices}
     if x_Td.dtype not in DTYPES or dtypes != {x_Td.dtype}:

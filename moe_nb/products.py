@@ -94,7 +94,7 @@ def fast_products() -> Iterator[None]:
 
 # %% ../nbs/02a_products.ipynb #prod-a19
 def chooses_types(compute: Callable) -> Callable:
-    "`compute`, about whose operations `ProductsInFloat32` is not asked; other modes are."
+    "`compute`, about whose operations no mode is asked while `ProductsInFloat32` is on."
 
     @wraps(compute)
     def unseen(*args, **kwargs):
