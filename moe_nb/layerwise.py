@@ -487,7 +487,10 @@ FITTED_TENSORS = ("core_md", "left_Ekm", "right_Ekd", *OFFERED)  # What a round 
 
 def write_metric(files: GroupFiles, group: Group) -> None:
     "Write what the fit of `group` only reads."
-    replace_tensors(files.fixed, {name: getattr(group, name) for name in METRIC_TENSORS})
+    tensors = {name: getattr(group, name) for name in METRIC_TENSORS}
+    replace_tensors(
+        files.fixed, {name: value for name, value in tensors.items() if value is not None}
+    )
 
 # %% ../nbs/34_layerwise.ipynb #ff8cadf9
 def empty_group(group: Group) -> None:
