@@ -140,6 +140,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'moe_nb.bench.bench_summary': ('bench.html#bench_summary', 'moe_nb/bench.py'),
                               'moe_nb.bench.block_calls': ('bench.html#block_calls', 'moe_nb/bench.py'),
                               'moe_nb.bench.block_row': ('bench.html#block_row', 'moe_nb/bench.py'),
+                              'moe_nb.bench.calibrated_fit_row': ('bench.html#calibrated_fit_row', 'moe_nb/bench.py'),
                               'moe_nb.bench.captured': ('bench.html#captured', 'moe_nb/bench.py'),
                               'moe_nb.bench.check_results': ('bench.html#check_results', 'moe_nb/bench.py'),
                               'moe_nb.bench.compressed_block': ('bench.html#compressed_block', 'moe_nb/bench.py'),

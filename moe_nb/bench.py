@@ -7,8 +7,9 @@ __all__ = ['MODELS', 'SMALL_REAL', 'IMPLEMENTATIONS', 'RESULTS', 'BY', 'FIGURES'
            'compressed_block', 'seconds_of', 'interleaved', 'captured', 'Peaks', 'measure_peaks', 'cost', 'block_calls',
            'random_batch', 'times_as_fast', 'as_columns', 'forward_error', 'block_row', 'neighbours', 'tune',
            'used_kernels', 'tune_block', 'bench_block', 'has_room', 'bench_blocks', 'fill', 'with_materialized',
-           'random_model', 'model_forms', 'generated', 'model_rows', 'fit_row', 'distillation_row', 'bench_embedded',
-           'bench_real', 'bench_models', 'measure', 'is_of_bench', 'check_results', 'run_bench', 'bench_summary']
+           'random_model', 'model_forms', 'generated', 'model_rows', 'fit_row', 'calibrated_fit_row',
+           'distillation_row', 'bench_embedded', 'bench_real', 'bench_models', 'measure', 'is_of_bench',
+           'check_results', 'run_bench', 'bench_summary']
 
 # %% ../nbs/63_bench.ipynb #48d33f6f
 import json
@@ -27,11 +28,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from .calibrate import Moments, add_moments
 from .compress import compress_model
 from .config import check_positive, flag
-from .experts import find_experts
+from .experts import find_experts, read_experts
 from .fast_experts import grouped_forward
 from .files import check_result_file, replace_text, resolved_output, whole_file
+from .fit import fit_budget, pack_group
 from .hf_names import cast_model
 from moe_nb.kernels import (
     MOST_DECODED,
@@ -45,9 +48,18 @@ from moe_nb.kernels import (
     triton,
     tuned_rows,
 )
-from .layer import CompressionConfig, fit_layer
+from moe_nb.layer import (
+    CompressionConfig,
+    align_layer,
+    budget_options,
+    compressed_layer,
+    fit_layer,
+    projection_groups,
+    weighted_group,
+)
 from .original_kernels import original_sizes_of, original_triton
 from .plots import plot_roofline, plot_speedups
+from .refine import LayerRecord
 from moe_nb.shared_core import (
     SharedCoreExperts,
     compressed_experts,
@@ -569,8 +581,11 @@ def generated(
     implementation: str,  # Of the experts
     ids: torch.Tensor,  # Prompt, `[1, T]`
     new: int,  # Tokens to write
+    is_captured: bool = False,  # Whether the cache is of a fixed size
 ) -> torch.Tensor:
-    "The prompt and what `model` writes, greedily, `[1, T + new]`."
+    """The prompt and what `model` writes, greedily, `[1, T + new]`.
+
+    With a cache of a fixed size transformers compiles the decoding on a GPU and captures it in CUDA graphs."""
     model.set_experts_implementation(implementation)
     return model.generate(
         ids,
@@ -578,6 +593,7 @@ def generated(
         max_new_tokens=new,
         min_new_tokens=new,
         do_sample=False,
+        cache_implementation="static" if is_captured else None,
     )
 
 # %% ../nbs/63_bench.ipynb #b7c0a79b
@@ -591,16 +607,19 @@ def model_rows(
     prompt: int,  # Tokens to read
     new: int,  # Tokens to write
     seconds: float,  # For the generation; a third of it for the prefill
+    is_captured: bool = False,  # As for `generated`; without the forms that wait for the host
 ) -> list[dict]:
     "Tokens per second of prefill and decoding for each form, and whether both models wrote the same."
     forms = model_forms(compressed, original, prompt)
+    if is_captured:
+        del forms["eager"]
     ids = torch.randint(0, compressed.config.vocab_size, (1, prompt), device=compressed.device)
     texts = {}
 
     def timed(count, seconds):
         def call_of(model, implementation):
             def call():
-                texts[model] = generated(model, implementation, ids, count)
+                texts[model] = generated(model, implementation, ids, count, is_captured)
 
             return call
 
@@ -616,11 +635,16 @@ def model_rows(
         row = dict(
             model=label,
             form=name,
+            captured=is_captured,
             prefill_tokens_per_s=round(prompt / first[name], 1),
             decode_tokens_per_s=round((new - 1) / (whole[name] - first[name]), 1),
             weights_MB=round(weights / 1e6, 1),
             same_text=same,
         )
+        if config.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            generated(*forms[name], ids, new, is_captured)
+            row["peak_MB"] = round(torch.cuda.max_memory_allocated() / 1e6)
         rows.append(row)
     return rows
 
@@ -635,6 +659,52 @@ def fit_row(
     fit = partial(fit_layer, experts, CompressionConfig(ratio=ratio))
     taken = seconds_of(fit, config.device)
     return dict(model=label, ratio=ratio, fit_seconds_per_layer=round(taken, 2))
+
+
+def calibrated_fit_row(
+    label: str,  # For the table
+    dims: Dims,
+    ratio: float,  # Stored / original parameters
+    tokens: int,  # Of the calibration, random
+    config: BenchConfig,
+) -> dict:
+    "Seconds of each step of compressing one layer of random experts by data; peak memory on a GPU, experts included."
+    experts = original_experts(*dims, dtype=config.torch_dtype, device=config.device)
+    experts.config._experts_implementation = "grouped_mm"
+    compression, weights = CompressionConfig(ratio=ratio), read_experts(experts)
+    batch = random_batch(dims, tokens, experts.down_proj)
+    moments, cores = Moments.zeros(weights), {}
+
+    def fit():
+        groups = {
+            tuple(names): weighted_group(weights, names, moments)
+            for names in projection_groups(compression, weights)
+        }
+        every = list(groups.values())
+        fit_budget(every, rounds=compression.rounds, **budget_options(every, compression))
+        for names, group in groups.items():
+            cores.update(zip(names, pack_group(group)))
+
+    def refine():
+        with torch.no_grad():
+            record = LayerRecord(*batch, experts(*batch))
+        compressed_layer(experts, cores, record, compression)
+
+    steps = dict(
+        alignment=lambda: align_layer(experts, compression),
+        calibration=lambda: add_moments(moments, experts, weights, *batch),
+        fit=fit,
+        refinement=refine,
+    )
+    on_gpu = config.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    row = dict(model=label, ratio=ratio, tokens=tokens)
+    for name, step in steps.items():
+        row[f"{name}_s"] = round(seconds_of(step, config.device), 2)
+    if on_gpu:
+        row["peak_MB"] = round(torch.cuda.max_memory_allocated() / 1e6)
+    return row
 
 
 def distillation_row(
@@ -678,11 +748,11 @@ def bench_embedded(config: BenchConfig, deadline: float) -> dict[str, list[dict]
     short = min(15.0, (deadline - time.perf_counter()) / 4)
     models = model_rows("embedded", student, original, config, prompt=64, new=32, seconds=short)
     distillation = distillation_row("embedded", student, teacher, config, tokens=512, seconds=short)
-    return dict(models=models, fit=[fit], distillation=[distillation])
+    return dict(models=models, fit=[fit], calibrated_fit=[], distillation=[distillation])
 
 
 def bench_real(config: BenchConfig, deadline: float) -> dict[str, list[dict]]:
-    "The tables for four random layers; fitting and distilling on a GPU only."
+    "The tables for four random layers; captured decoding, fitting and distilling on a GPU only."
     on_gpu = config.device == "cuda"
     name, dims = ("OLMoE", MODELS["OLMoE"]) if has_room(11e9, config.device) else SMALL_REAL
     label = f"4 layers of {name}"
@@ -691,16 +761,26 @@ def bench_real(config: BenchConfig, deadline: float) -> dict[str, list[dict]]:
     seconds = min(30.0, (deadline - time.perf_counter()) / 4)
     models = model_rows(label, student, original, config, prompt=64, new=16, seconds=seconds)
     if not on_gpu:
-        return dict(models=models, fit=[], distillation=[])
+        return dict(models=models)
+    sizes = dict(prompt=64, new=64, seconds=seconds, is_captured=True)
+    try:
+        models += model_rows(label, student, original, config, **sizes)
+    except RuntimeError as error:  # of the compiler: the other tables are worth having
+        models.append(dict(model=label, captured=True, failed=str(error).splitlines()[0]))
     first_layer = next(iter(find_experts(original).values()))
     fit = fit_row(name, first_layer, 0.25, config)
     short = min(15.0, seconds)
     distillation = distillation_row(label, student, original, config, tokens=4096, seconds=short)
-    return dict(models=models, fit=[fit], distillation=[distillation])
+    del student, original, first_layer
+    qwen = "Qwen3-30B-A3B"
+    calibrated = []
+    if has_room(30e9, config.device):
+        calibrated.append(calibrated_fit_row(qwen, MODELS[qwen], 0.25, 64 * 512, config))
+    return dict(models=models, fit=[fit], calibrated_fit=calibrated, distillation=[distillation])
 
 
 def bench_models(config: BenchConfig, deadline: float) -> dict[str, list[dict]]:
-    "Tables `models`, `fit` and `distillation`; random layers where more than 30 s are left before `deadline`."
+    "Tables of models, of fits and of distillation; random layers where more than 30 s are left before `deadline`."
     tables = bench_embedded(config, deadline)
     if deadline - time.perf_counter() > 30:
         for name, rows in bench_real(config, deadline).items():
@@ -778,7 +858,7 @@ def bench_summary(results: dict) -> str:
     operations = results["peaks"]["operations"] / 1e9
     gigabytes = results["peaks"]["bytes"] / 1e9
     parts = [f"{results['device']}: {operations:.0f} billion operations/s, {gigabytes:.1f} GB/s"]
-    for name in ("blocks", "models", "fit", "distillation"):
+    for name in ("blocks", "models", "fit", "calibrated_fit", "distillation"):
         if results.get(name):
             parts.append(pd.DataFrame(results[name]).to_string(index=False))
     left_out = "\n".join(f"  {line}" for line in results["left_out"])
