@@ -571,7 +571,8 @@ def fit_my_groups(
         if not files.state(round).is_file():
             budget = options["budget"] * group.X_Emd.numel() / total
             with group_in_memory(files, group, round, processes().device):
-                fit_round(group, budget, round == 0, options.get("scale_bits"))
+                multiple, scale_bits = options.get("multiple", 1), options.get("scale_bits")
+                fit_round(group, budget, round == 0, multiple, scale_bits)
 
 
 def read_offers(

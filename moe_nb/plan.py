@@ -84,11 +84,11 @@ def planned_directions(
     config: CompressionConfig,
     calibrated: bool,  # Whether data weight the fit
 ) -> int:
-    "How many directions of each expert the first round of the fit finds, the most of all rounds but for rare cases."
+    "How many directions of each expert the first round of the fit finds; later ones find about as many."
     group = group_of_shapes(weights, projections)
     options = budget_options([group], config)
     bits = PRECISIONS[0] if "scale_bits" in options else 1
-    return directions_to_find(group, options["budget"] / bits, weighted=calibrated)
+    return directions_to_find(group, options["budget"] / bits, calibrated, config.rank_multiple)
 
 
 def operations(
