@@ -122,6 +122,15 @@ NOISE = re.compile(
 )
 
 
+KERNEL = dict(display_name="python3", language="python", name="python3")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_names_its_kernel_and_nothing_else(path):
+    "Without a name JupyterLab asks which kernel to start; state of widgets belongs to one run"
+    assert json.loads(path.read_text())["metadata"] == {"kernelspec": KERNEL}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_holds_no_noise(path):
     "A notebook is small, its cells have ids of their own, and its outputs are the same on any machine"
