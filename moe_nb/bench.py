@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .calibrate import Moments, add_moments
-from .compress import compress_model
+from .compress import compress_model, model_groups, total_memory
 from .config import check_positive, flag
 from .experts import find_experts, read_experts
 from .fast_experts import grouped_forward
@@ -54,8 +54,6 @@ from moe_nb.layer import (
     budget_options,
     compressed_layer,
     fit_layer,
-    projection_groups,
-    weighted_group,
 )
 from .original_kernels import original_sizes_of, original_triton
 from .plots import plot_roofline, plot_speedups
@@ -676,14 +674,11 @@ def calibrated_fit_row(
     moments, cores = Moments.zeros(weights), {}
 
     def fit():
-        groups = {
-            tuple(names): weighted_group(weights, names, moments)
-            for names in projection_groups(compression, weights)
-        }
+        groups = model_groups({"layer": experts}, compression, {"layer": moments})
         every = list(groups.values())
         fit_budget(every, rounds=compression.rounds, **budget_options(every, compression))
-        for names, group in groups.items():
-            cores.update(zip(names, pack_group(group)))
+        for (_, *projections), group in groups.items():
+            cores.update(zip(projections, pack_group(group)))
 
     def refine():
         with torch.no_grad():
@@ -774,7 +769,7 @@ def bench_real(config: BenchConfig, deadline: float) -> dict[str, list[dict]]:
     del student, original, first_layer
     qwen = "Qwen3-30B-A3B"
     calibrated = []
-    if has_room(30e9, config.device):
+    if total_memory(torch.device(config.device)) > 30e9:
         calibrated.append(calibrated_fit_row(qwen, MODELS[qwen], 0.25, 64 * 512, config))
     return dict(models=models, fit=[fit], calibrated_fit=calibrated, distillation=[distillation])
 
