@@ -164,10 +164,11 @@ def code_cells(notebook):
 
 def without_flagged(path, copy):
     "The notebook without its outputs and the cells that need hours, a GPU, vLLM or Triton's interpreter"
+    flags = FLAGS - {"slow"} if path.stem == "quickstart" else FLAGS  # there it is a minute
     notebook = nbformat.read(path, as_version=4)
     kept = []
     for cell in notebook.cells:
-        if cell.cell_type != "code" or not skipped(cell, FLAGS):
+        if cell.cell_type != "code" or not skipped(cell, flags):
             kept.append(cell)
     notebook.cells = kept
     for cell in code_cells(notebook):
