@@ -429,6 +429,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'moe_nb.evaluate.perplexity': ('evaluate.html#perplexity', 'moe_nb/evaluate.py'),
                                  'moe_nb.evaluate.random_state_kept': ('evaluate.html#random_state_kept', 'moe_nb/evaluate.py'),
                                  'moe_nb.evaluate.record_scores': ('evaluate.html#record_scores', 'moe_nb/evaluate.py'),
+                                 'moe_nb.evaluate.sequences_at_a_time': ('evaluate.html#sequences_at_a_time', 'moe_nb/evaluate.py'),
                                  'moe_nb.evaluate.silenced': ('evaluate.html#silenced', 'moe_nb/evaluate.py'),
                                  'moe_nb.evaluate.start_token': ('evaluate.html#start_token', 'moe_nb/evaluate.py'),
                                  'moe_nb.evaluate.task_manager': ('evaluate.html#task_manager', 'moe_nb/evaluate.py'),

@@ -510,9 +510,10 @@ class EvaluateArguments:
     tasks: list[str] = flag(
         "lm-eval tasks; tiny_next_word and tiny_perplexity come with the package"
     )
-    batch_size: int | str | None = flag(  # with None, as else the parser takes numbers only
-        "sequences at a time; auto or auto:N: as many as the memory of the device holds",
-        default=8,
+    batch_size: int | str | None = flag(
+        "sequences at a time; auto or auto:N: as many as the memory of the device holds; "
+        "default: from 8 to 32, fewer the larger the model's logits",
+        default=None,
     )
     limit: int | None = flag("first items of each task only", default=None)
     num_fewshot: int | None = flag(

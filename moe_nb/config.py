@@ -43,12 +43,16 @@ def check_positive(config, *names: str) -> None:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def batch_size_of(value: int | str) -> int | str:
-    """A batch size as lm-eval takes it: a number above 0, "auto" or "auto:N" (found anew N times); else `ValueError`.
+def batch_size_of(value: int | str | None) -> int | str | None:
+    """A batch size as lm-eval takes it: a number above 0, "auto" or "auto:N" (found anew N times); None stays.
+
+    `ValueError` for anything else.
 
     >>> batch_size_of("16"), batch_size_of("auto:4")
     (16, 'auto:4')
     """
+    if value is None:
+        return None
     text = str(value)
     if re.fullmatch(r"auto(:[1-9]\d*)?", text):
         return text
