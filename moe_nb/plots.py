@@ -272,10 +272,11 @@ def draw_students(
     higher_is_better: bool | None,  # None: nobody knows, and none is the best
 ) -> None:
     "The scores with their errors, and a ring around the best one."
+    known = steps.stderr.notna().any()  # else the legend would show bars that the curve has not
     ax.errorbar(
         steps.step,
         steps.value,
-        yerr=steps.stderr.fillna(0),
+        yerr=steps.stderr.fillna(0) if known else None,
         color=COLORS[0],
         marker=MARKERS[0],
         capsize=3,
@@ -506,7 +507,7 @@ def plot_speedups(
             width=0.75 / len(groups),
             color=COLORS[models.index(model) % len(COLORS)],
             alpha=1 - 0.3 * (ratio > 0.12) - 0.3 * (ratio > 0.25),  # the smaller, the stronger
-            label=f"{model}, {ratio}",
+            label=f"{model}, {ratio:.0%}",
         )
     ax.axhline(1, color=_INK, linewidth=1)
     ax.set_xticks(range(len(sizes)), sizes)
@@ -528,7 +529,8 @@ def plot_roofline(
     fig, ax = figure(xlabel="tokens in a call", ylabel="% of the roofline", title=title)
     for ((model, ratio), group), color in zip(groups, COLORS * 2):
         share = 100 * group.roofline
-        ax.plot(group.tokens, share, marker="o", color=color, label=f"{model}, {ratio}")
+        ax.plot(group.tokens, share, marker="o", color=color, label=f"{model}, {ratio:.0%}")
     ax.set_xscale("log")
+    ax.set_ylim(bottom=0)
     ax.legend(fontsize=7)
     return fig

@@ -48,7 +48,7 @@ class Watcher:
 
     def plot(self, metric: str | None = None) -> Figure:
         "The metric (default: the one that decides) against the step."
-        title = self.folder.run.name
+        title = f"Checkpoints of {self.folder.run.name}"
         if self.running():
             title += ", while training"
         return plot_evaluations(self.folder.rows(), metric or self.config.metric, title=title)
