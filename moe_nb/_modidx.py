@@ -726,6 +726,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'moe_nb.int8.IntegerCore.scale_of': ('int8.html#integercore.scale_of', 'moe_nb/int8.py'),
                              'moe_nb.int8.IntegerCore.to_narrow': ('int8.html#integercore.to_narrow', 'moe_nb/int8.py'),
                              'moe_nb.int8.IntegerCore.to_wide': ('int8.html#integercore.to_wide', 'moe_nb/int8.py'),
+                             'moe_nb.int8.aligned': ('int8.html#aligned', 'moe_nb/int8.py'),
                              'moe_nb.int8.even_rows': ('int8.html#even_rows', 'moe_nb/int8.py'),
                              'moe_nb.int8.float_layer': ('int8.html#float_layer', 'moe_nb/int8.py'),
                              'moe_nb.int8.has_level_product': ('int8.html#has_level_product', 'moe_nb/int8.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'LEVELS', 'BLOCK', 'FEW_ROWS', 'scales_of', 'levels_of', 'even_rows', 'has_level_product', 'takes_levels',
-           'times_levels', 'IntegerCore', 'rounded_cores', 'round_layer', 'float_layer']
+           'aligned', 'times_levels', 'IntegerCore', 'rounded_cores', 'round_layer', 'float_layer']
 
 # %% ../nbs/11a_int8.ipynb #int8-03
 from functools import cache
@@ -65,7 +65,9 @@ def even_rows(
     return first_rm * to_first_r[:, None], second_rn * to_second_r[:, None], largest_r
 
 # %% ../nbs/11a_int8.ipynb #int8-36p
-BLOCK = 16  # Numbers of a row that the product takes at a time, and their alignment in bytes
+BLOCK = (
+    64  # Numbers of a row, and bytes of memory, that any kernel of the product might take at a time
+)
 FEW_ROWS = 8  # Up to so many the product is faster than one with converted levels
 
 
@@ -75,8 +77,8 @@ def has_level_product() -> bool:
     product = getattr(torch, "_weight_int8pack_mm", None)
     if product is None:
         return False
-    value_pn = torch.arange(-80, 80, dtype=torch.bfloat16).view(2, -1)
-    levels_rn = torch.arange(-120, 120, dtype=torch.int8).view(3, -1)
+    value_pn = torch.arange(-BLOCK, BLOCK, dtype=torch.bfloat16).view(2, -1)
+    levels_rn = torch.arange(-96, 96, dtype=torch.int8).view(3, -1)
     scale_r = torch.tensor([0.5, 1, 2], dtype=torch.bfloat16)
     expected_pr = value_pn.float() @ levels_rn.float().t() * scale_r
     try:
@@ -102,6 +104,13 @@ def takes_levels(
         and has_level_product()
     )
 
+# %% ../nbs/11a_int8.ipynb #int8-36a
+def aligned(rows_pn: torch.Tensor) -> torch.Tensor:
+    "The same rows in memory as the product wants them: side by side, and the first at the begin of a block."
+    if rows_pn.is_contiguous() and rows_pn.data_ptr() % BLOCK == 0:
+        return rows_pn
+    return rows_pn.clone(memory_format=torch.contiguous_format)
+
 # %% ../nbs/11a_int8.ipynb #int8-36
 def times_levels(
     value_pn: torch.Tensor,  # Of the data type of `scale_r`, or float32
@@ -111,9 +120,8 @@ def times_levels(
     "`value (scale levels)^T`, `[p, r]`."
     dtype = value_pn.dtype
     if takes_levels(value_pn, levels_rn, scale_r):
-        is_aligned = levels_rn.data_ptr() % BLOCK == 0
-        aligned_rn = levels_rn if is_aligned else levels_rn.clone()
-        return torch._weight_int8pack_mm(value_pn.to(scale_r.dtype), aligned_rn, scale_r).to(dtype)
+        rounded_pn = aligned(value_pn.to(scale_r.dtype))
+        return torch._weight_int8pack_mm(rounded_pn, aligned(levels_rn), scale_r).to(dtype)
     if dtype == torch.float16:  # products with levels overflow
         return value_pn @ (levels_rn * scale_r[:, None]).t()
     return (value_pn @ levels_rn.to(dtype).t()).mul_(scale_r)
