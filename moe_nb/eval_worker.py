@@ -543,7 +543,7 @@ def parity(
     choices: str = "tiny_next_word",  # A task with one answer per item
     texts: str = "tiny_perplexity",  # A task of text
     limit: int | None = None,  # First items of each task
-    batch_size: int | None = None,  # Sequences at a time
+    batch_size: int | None = None,  # Sequences at a time; None: `sequences_at_a_time`
 ) -> dict:
     "How the two back-ends agree: `items` answered, `different` answers, relative difference of the byte `perplexity`."
     answers, perplexities = [], []

@@ -65,9 +65,7 @@ def even_rows(
     return first_rm * to_first_r[:, None], second_rn * to_second_r[:, None], largest_r
 
 # %% ../nbs/11a_int8.ipynb #int8-36p
-BLOCK = (
-    64  # Numbers of a row, and bytes of memory, that any kernel of the product might take at a time
-)
+BLOCK = 64  # Numbers of a row, and bytes, that a kernel of the product may take at a time
 FEW_ROWS = 8  # Up to so many the product is faster than one with converted levels
 
 
