@@ -577,6 +577,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'moe_nb.files.finished_piece': ('files.html#finished_piece', 'moe_nb/files.py'),
                               'moe_nb.files.install_directory': ('files.html#install_directory', 'moe_nb/files.py'),
                               'moe_nb.files.is_finished': ('files.html#is_finished', 'moe_nb/files.py'),
+                              'moe_nb.files.is_remnant': ('files.html#is_remnant', 'moe_nb/files.py'),
                               'moe_nb.files.job_text': ('files.html#job_text', 'moe_nb/files.py'),
                               'moe_nb.files.keep_foreign': ('files.html#keep_foreign', 'moe_nb/files.py'),
                               'moe_nb.files.link_or_copy': ('files.html#link_or_copy', 'moe_nb/files.py'),
