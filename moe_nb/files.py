@@ -488,10 +488,11 @@ def start_job(folder: Path, job: dict) -> bool:
 
     Raises `FileExistsError` for a folder that is not ours, `ValueError` for one that holds another job."""
     if not folder.exists():
-        beginning = folder.with_name(f"{folder.name}-{os.getpid()}")
-        shutil.rmtree(beginning, ignore_errors=True)
-        (beginning / "result").mkdir(parents=True)
+        beginning = folder.with_name(f"{folder.name}-new")
+        discard(beginning, JOB)
+        beginning.mkdir(parents=True)
         (beginning / JOB).write_text(job_text(job))
+        (beginning / "result").mkdir()
         beginning.rename(folder)
         return False
     before = read_job(folder)
